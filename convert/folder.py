@@ -86,7 +86,7 @@ def new_folder(folder: Path, needed_bytes: int) -> Iterator[Path]:
     """
     folder = Path(os.path.abspath(folder))
     check_destination(folder)
-    _check_room(folder, needed_bytes)
+    check_room(folder, needed_bytes)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(folder)
     temporary.mkdir()
@@ -119,7 +119,7 @@ def new_file(file: Path, needed_bytes: int) -> Iterator[Path]:
     """
     check_new_file(file)
     file = Path(os.path.abspath(file))
-    _check_room(file, needed_bytes)
+    check_room(file, needed_bytes)
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(file)
     try:
@@ -144,7 +144,8 @@ def check_new_file(file: Path) -> None:
     check_destination(file)
 
 
-def _check_room(destination: Path, needed_bytes: int) -> None:
+def check_room(destination: Path, needed_bytes: int) -> None:
+    """Raises InputError if the disk of a file or folder has not so many bytes free."""
     existing = next(parent for parent in destination.parents if parent.exists())
     free = shutil.disk_usage(existing).free
     if needed_bytes > free:

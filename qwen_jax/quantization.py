@@ -51,6 +51,11 @@ class Scheme:
         if self.codes == "float8_e4m3fn" and (self.offset != "none" or self.ordered):
             raise InputError("float8 weights have neither zero points nor an order of inputs.")
 
+    def __str__(self) -> str:
+        what = f"{self.codes} in groups of {self.group}" if self.group else f"{self.codes} by whole rows"
+        what += ", ordered by activations" if self.ordered else ""
+        return what + {"none": "", "zero": ", with zero points", "min": ", with minima"}[self.offset]
+
     def groups(self, inputs: int, shards: int = 1) -> int:
         """The number of groups of a projection.
 
@@ -94,12 +99,19 @@ class Quantization:
     def __post_init__(self) -> None:
         if self.activations == "none":
             return
-        for _, scheme in (("", self.scheme), *self.exceptions):
-            if scheme is not None and (scheme.codes != self.activations or scheme.group or scheme.offset != "none"):
-                raise InputError(
-                    f"Products of {self.activations} activations need weights in {self.activations} with one scale for "
-                    f"each output; got {scheme}."
-                )
+        unfit = self._not_for(self.activations)
+        if unfit is not None:
+            raise InputError(
+                f"Products of {self.activations} activations need weights in {self.activations} with one scale for "
+                f"each output; got {unfit}."
+            )
+
+    def _not_for(self, activations: str) -> Scheme | None:
+        """A scheme of this model that rounded activations cannot be multiplied with."""
+        for scheme in (self.scheme, *(scheme for _, scheme in self.exceptions)):
+            if scheme is not None and (scheme.codes != activations or scheme.group or scheme.offset != "none"):
+                return scheme
+        return None
 
     def rounds(self, tokens: int) -> Activations:
         """What the inputs of projections are rounded to in a step of some tokens on all devices."""
@@ -115,12 +127,15 @@ class Quantization:
         """
         if self.activations != "none":
             return self
-        if self.scheme.codes == "int4":
+        codes = self.scheme.codes
+        unfit = self._not_for(codes)
+        if codes == "int4" or unfit is not None:
             raise InputError(
                 "Rounded activations (w8a8) need int8 or float8 weights with one scale for each output; got "
-                f"{self.scheme}. Leave w8a8 out, or quantise the model so: qwen-jax quantize --method int8, or fp8."
+                f"{unfit or self.scheme}. Leave w8a8 out, or quantise the model so: qwen-jax quantize --method int8, "
+                "or fp8."
             )
-        return dataclasses.replace(self, activations=self.scheme.codes, rounded_from=W8A8_TOKENS)
+        return dataclasses.replace(self, activations=codes, rounded_from=W8A8_TOKENS)
 
     def of(self, module: str) -> Scheme | None:
         """The scheme of a projection, by its path in the parameter tree; None if it is not quantised."""

@@ -30,12 +30,12 @@ class QuantizedGGUF(GGUFSource):
     def __init__(self, path: str | os.PathLike[str], config: ModelConfig | None = None) -> None:
         """
         Args:
-          path, config: as for `GGUFSource`.
+          path, config: as for `GGUFSource`. How weights are quantised is read from the file.
 
         Raises:
           InputError: as `GGUFSource`.
         """
-        super().__init__(path, config)
+        super().__init__(path, config and dataclasses.replace(config, quantization=None))
         self._full_config = self.config
         schemes = self._schemes()
         counted = Counter(found for found in schemes.values() if found is not None)

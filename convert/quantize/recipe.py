@@ -10,6 +10,7 @@ from convert.quantize.layer import Matrix, matrices
 from convert.quantized import FormatInfo, tensor_names
 from convert.quantized.awq import Awq
 from convert.quantized.compressed import Compressed
+from convert.quantized.compressed_config import NOT_PROJECTIONS
 from convert.quantized.gptq import Gptq
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
@@ -135,7 +136,7 @@ class Recipe:
             format=layout,  # type: ignore[arg-type]
             strategy="group" if grid.group else "channel",
             act_order=self.desc_act and grid.group > 0,
-            ignore=("lm_head", r"re:.*mlp\.gate$", r"re:.*shared_expert_gate$"),
+            ignore=NOT_PROJECTIONS,
         )
 
     def check(self, config: ModelConfig) -> None:

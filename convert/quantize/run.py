@@ -3,10 +3,10 @@
 import contextlib
 import dataclasses
 import importlib.metadata
-import json
 import logging
 import math
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +17,7 @@ import numpy as np
 
 import qwen_jax
 from convert import open_source
-from convert.folder import check_destination, check_side_files, new_folder, write_side_files
+from convert.folder import SIDE_FILES, check_destination, check_room, check_side_files, new_folder, write_side_files
 from convert.huggingface import MAX_SHARD_BYTES
 from convert.names import EMBED, Leaf, leaves
 from convert.quantize.calibration import CalibrationText
@@ -26,12 +26,15 @@ from convert.quantize.layer import Layer, matrices
 from convert.quantize.quantizer import Outcome, Quantizer
 from convert.quantize.recipe import Recipe
 from convert.quantize.work import Work, open_work
-from convert.quantized import write_config
-from convert.quantized.formats import QUANTIZE_CONFIG
+from convert.quantized.awq import Awq
+from convert.quantized.between import routers
+from convert.quantized.export import add_config
+from convert.quantized.formats import QUANTIZE_CONFIG, tensor_names
 from convert.safetensors import Writer
 from convert.source import Source, Span, blocks, check_storable
 from qwen_jax.errors import InputError
 from qwen_jax.files import read_json, to_json
+from qwen_jax.gguf.header import is_gguf
 from qwen_jax.hub import CONFIG, is_hub_id, resolve
 from qwen_jax.parallel.sharding import make_mesh
 from qwen_jax.tokenizer import load_tokenizer
@@ -116,6 +119,8 @@ def quantize(
     source = open_source(src)
     assert source.folder is not None
     config = source.config
+    if config.quantization is not None:
+        raise _quantized_already(src, "the types of its GGUF file" if is_gguf(source.folder) else "some method")
     check_storable(source, None)
     check_side_files(source.folder)
     recipe.check(config)
@@ -127,7 +132,12 @@ def quantize(
     stored = source.dtype(next(leaf for leaf in leaves(config) if leaf.path[-2:] == ("q", "weight"))).name
     total = sum(len(matrices(config, number)) for number in range(config.num_layers))
     job = _job(source, recipe, calibration, batch)
-    with open_work(dst.parent / f".{dst.name}.quantize", job) as work, _bar(total, progress) as advance:
+    folder = dst.parent / f".{dst.name}.quantize"
+    if not folder.exists():
+        # All layers are in the work folder when the new folder is written.
+        check_room(dst, 2 * _smallest_size(source, recipe))
+    with open_work(folder, job) as work, _bar(total, progress) as advance:
+        _remove_unfinished(dst)
         # Layers.
         forward = None if tokens_RT is None else Forward(config, make_mesh({}, jax.devices()[:1]))
         quantizer = Quantizer(recipe, recipe.grid(stored), forward, batch, lambda: advance(1))
@@ -149,6 +159,25 @@ def quantize(
         return _assemble(source, work, dst, recipe, calibration)
 
 
+def _smallest_size(source: Source, recipe: Recipe) -> int:
+    """Bytes of the quantised matrices, with the narrowest dtypes that the format has for scales."""
+    stored = (
+        tensor
+        for number in range(source.config.num_layers)
+        for matrix in matrices(source.config, number)
+        for tensor in tensor_names(matrix.module, matrix.shape, recipe.info()).values()
+        if not tensor.optional
+    )
+    return sum(min(dtype.itemsize for dtype in tensor.dtypes) * math.prod(tensor.shapes[0]) for tensor in stored)
+
+
+def _remove_unfinished(dst: Path) -> None:
+    """Removes what a run that was killed while it wrote the new folder has left beside it; see `new_folder`."""
+    for left in dst.parent.glob(".*.tmp"):
+        if left.name == f".{dst.name}.{left.name.split('.')[-2]}.tmp":
+            shutil.rmtree(left, ignore_errors=True)
+
+
 def _check_unquantized(src: str | os.PathLike[str]) -> None:
     """Raises InputError if a checkpoint says that it is quantised."""
     file = resolve(src, CONFIG) / "config.json" if is_hub_id(src) else Path(src) / "config.json"
@@ -158,16 +187,23 @@ def _check_unquantized(src: str | os.PathLike[str]) -> None:
         settings = {"quant_method": "gptq"}
     if settings is not None:
         method = settings.get("quant_method", "some method") if isinstance(settings, dict) else "some method"
-        raise InputError(
-            f"{src} is quantised already, by {method}. Rounding twice loses more than once: quantise the original "
-            "model in bfloat16."
-        )
+        raise _quantized_already(src, method)
+
+
+def _quantized_already(src: str | os.PathLike[str], method: str) -> InputError:
+    return InputError(
+        f"{src} is quantised already, by {method}. Rounding twice loses more than once: quantise the original model in "
+        "bfloat16."
+    )
 
 
 def _job(source: Source, recipe: Recipe, calibration: CalibrationText | None, batch: int) -> dict[str, Any]:
     """What decides the bytes of a run."""
     assert source.folder is not None
-    files = sorted(path for path in source.folder.rglob("*") if path.is_file())
+    # What is read; other files of the folder, such as a log, may change while the run is stopped.
+    read = ("config.json", "*.safetensors", "*.safetensors.index.json", "params/**/*", *SIDE_FILES)
+    found = (path for pattern in read for path in source.folder.glob(pattern) if path.is_file())
+    files = [source.folder] if source.folder.is_file() else sorted(set(found))
     text = None
     if calibration is not None:
         text = {"sha256": calibration.digest(), "rows": calibration.rows, "length": calibration.length}
@@ -222,7 +258,11 @@ def _assemble(source: Source, work: Work, dst: Path, recipe: Recipe, calibration
                 for name, entry in entries.items():
                     size = math.prod(entry.shape) * entry.dtype.itemsize
                     Span(entry.file, entry.offset, size).copy_to(*writer.place(name))
-        _write_json_files(source, recipe, temporary)
+        write_side_files(source.config, None, source.folder, temporary, both_dialects=True)
+        info = recipe.info()
+        if isinstance(info, Awq):
+            info = dataclasses.replace(info, skipped=routers(config))
+        add_config(info, temporary)
         text = to_json(_as_json(report, recipe, calibration), indent=2)
         (temporary / REPORT).write_text(text + "\n", encoding="utf-8")
     return report
@@ -232,17 +272,6 @@ def _copy_plain(source: Source, leaf: Leaf, writer: Writer) -> None:
     for tensors, rows in blocks(leaf, source.dtype(leaf).itemsize):
         data = np.ascontiguousarray(source.read(leaf, tensors, rows)[0])
         writer.write(leaf.names[0], rows.start * data[:1].nbytes, data)
-
-
-def _write_json_files(source: Source, recipe: Recipe, folder: Path) -> None:
-    """config.json with the quantisation in it, and the small files of the source."""
-    write_side_files(source.config, None, source.folder, folder, both_dialects=True)
-    settings = write_config(recipe.info())
-    hf = {**read_json(folder / "config.json"), "quantization_config": settings}
-    (folder / "config.json").write_text(json.dumps(hf, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    if recipe.format == "gptq":
-        # Where older readers look.
-        (folder / QUANTIZE_CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def _as_json(report: Report, recipe: Recipe, calibration: CalibrationText | None) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 from convert.names import leaves
 from convert.quantized.awq import Awq
-from convert.quantized.compressed_config import Compressed
+from convert.quantized.compressed_config import NOT_PROJECTIONS, Compressed
 from convert.quantized.fp8 import Fp8
 from convert.quantized.gptq import Gptq
 from convert.quantized.info import FormatInfo
@@ -47,12 +47,9 @@ def format_of(method: Method, config: ModelConfig) -> FormatInfo:
         "fp8": not integers and whole,
     }
     if scheme.offset == "min" or not holds[method]:
-        what = f"{scheme.codes} in groups of {scheme.group}" if scheme.group else f"{scheme.codes} by whole rows"
-        what += ", ordered by activations" if scheme.ordered else ""
-        what += ", with minima" if scheme.offset == "min" else ""
         possible = [name for name, possible in holds.items() if possible and scheme.offset != "min"]
         raise InputError(
-            f"{method} files do not hold codes of this model ({what}). "
+            f"{method} files do not hold codes of this model ({scheme}). "
             + (f"Give {' or '.join(possible)}, or" if possible else "Give")
             + " --dtype bfloat16 to dequantise them."
         )
@@ -62,10 +59,12 @@ def format_of(method: Method, config: ModelConfig) -> FormatInfo:
         version: Literal["gptq", "gptq_v2"] = "gptq" if scheme.offset == "none" else "gptq_v2"
         return Gptq(**common, desc_act=scheme.ordered, version=version, dynamic=rules)
     if method == "awq":
-        return Awq(**common, skipped=skipped)
+        return Awq(**common, skipped=(*routers(config), *skipped))
     activations = quantization.activations
     if method == "fp8":
-        return Fp8(codes=scheme.codes, strategy="channel", activations=activations, skipped=skipped)
+        return Fp8(
+            codes=scheme.codes, strategy="channel", activations=activations, skipped=(*routers(config), *skipped)
+        )
     packed = "float-quantized" if not integers else "int-quantized" if activations != "none" else "pack-quantized"
     return Compressed(
         **common,
@@ -73,8 +72,18 @@ def format_of(method: Method, config: ModelConfig) -> FormatInfo:
         format=packed,  # type: ignore[arg-type]
         strategy="channel" if whole else "group",
         act_order=scheme.ordered,
-        ignore=("lm_head", *skipped),
+        ignore=(*NOT_PROJECTIONS, *skipped),
     )
+
+
+def routers(config: ModelConfig) -> tuple[str, ...]:
+    """Hugging Face's routers and gates of shared experts, which awq and fp8 files name as not quantised.
+
+    Whole names: some programs look for names in others, and "mlp.gate" is in "mlp.gate_proj".
+    """
+    paths = ("moe", "router", "weight"), ("moe", "shared_gate", "weight")
+    found = [name for leaf in leaves(config) if leaf.path[1:] in paths for name in leaf.names]
+    return tuple(name.removesuffix(".weight") for name in found)
 
 
 def _hf_modules(config: ModelConfig, paths: set[str]) -> tuple[str, ...]:

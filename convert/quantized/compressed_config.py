@@ -21,6 +21,9 @@ from qwen_jax.errors import InputError
 
 _log = logging.getLogger(__name__)
 
+# `ignore` of files that are written: the linear layers of other programs that are no projections.
+NOT_PROJECTIONS = ("lm_head", r"re:.*mlp\.gate$", r"re:.*shared_expert_gate$")
+
 Format = Literal["pack-quantized", "int-quantized", "float-quantized", "naive-quantized"]
 _FORMATS = {
     "int": ("pack-quantized", "int-quantized", "naive-quantized"),

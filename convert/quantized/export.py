@@ -95,12 +95,16 @@ def export(
                     progress(sum(data.nbytes for data in packed.values()))
         stated = target.name if target is not None else None
         write_side_files(dataclasses.replace(config, quantization=None), stated, origin, temporary, both_dialects=True)
-        settings = write_config(info)
-        hf = {**read_json(temporary / "config.json"), "quantization_config": settings}
-        (temporary / "config.json").write_text(json.dumps(hf, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        if info.method == "gptq":
-            text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
-            (temporary / QUANTIZE_CONFIG).write_text(text, encoding="utf-8")
+        add_config(info, temporary)
+
+
+def add_config(info: FormatInfo, folder: Path) -> None:
+    """Writes the quantisation into config.json of a folder; of gptq also where older readers look."""
+    settings = write_config(info)
+    hf = {**read_json(folder / "config.json"), "quantization_config": settings}
+    written = {"config.json": hf, **({QUANTIZE_CONFIG: settings} if info.method == "gptq" else {})}
+    for name, content in written.items():
+        (folder / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _plain_parts(source: Source, plain: list[Leaf], dtype: np.dtype | None) -> Iterator[tuple[str, int, np.ndarray]]:

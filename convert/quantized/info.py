@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 import ml_dtypes
 import numpy as np
@@ -101,11 +101,20 @@ def full_name(module: str, name: str) -> str:
     return f"{module}.{name}" if module else name
 
 
-def check_tensors(tensors: Mapping[str, np.ndarray], expected: Mapping[str, Stored], module: str, hint: str) -> None:
+class Shaped(Protocol):
+    """An array, or the entry of one in the header of a file."""
+
+    @property
+    def dtype(self) -> np.dtype: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+def check_tensors(tensors: Mapping[str, Shaped], expected: Mapping[str, Stored], module: str, hint: str) -> None:
     """Compares the tensors of a matrix with what its format has.
 
     Args:
-      tensors: by name.
+      tensors: by name; arrays, or what the header of a file says of them.
       expected: by name.
       module: for messages.
       hint: what to check if a shape or dtype does not fit.

@@ -16,7 +16,7 @@ from convert.huggingface import SafetensorsSource
 from convert.names import LM_HEAD, Leaf, leaves, projections
 from convert.quantized.codes import Codes
 from convert.quantized.formats import is_cache_scale, quantized_modules, read_format, tensor_names, unpack
-from convert.quantized.info import FormatInfo
+from convert.quantized.info import FormatInfo, check_tensors
 from convert.safetensors import Entry, read_rows
 from convert.source import Span
 from qwen_jax.config import ModelConfig
@@ -69,10 +69,12 @@ class QuantizedSource(SafetensorsSource):
         how = quantized_modules(info, [*shapes, "lm_head"], entries, folder)
         self._infos = {module: found for module, found in how.items() if found is not None}
         shapes["lm_head"] = self.config.vocab_size, self.config.hidden_size
+        hint = f"Check the sizes and the quantisation in {folder / 'config.json'}, and that the download is complete."
         for module, found in self._infos.items():
-            for name in tensor_names(module, shapes[module], found):
-                if name in entries:
-                    self._packed[name] = entries.pop(name)
+            expected = tensor_names(module, shapes[module], found)
+            packed = {name: entries.pop(name) for name in expected if name in entries}
+            check_tensors(packed, expected, module, hint)
+            self._packed |= packed
         self._shapes = shapes
         self.config = dataclasses.replace(self.config, quantization=self._quantization(folder, info))
         return {name: entry for name, entry in entries.items() if not is_cache_scale(name)}

@@ -71,6 +71,8 @@ _COMMANDS: dict[str, tuple[str, str, str]] = {
 
 # May stand anywhere among the arguments of any command.
 _VERBOSE = "--verbose"
+_TERMINATED = 143  # Exit status after SIGTERM.
+_SOON = 0.01  # Seconds, in which a callback of the garbage collector ends.
 
 
 def _name(argv: Sequence[str]) -> str | None:
@@ -139,10 +141,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     for package in ("qwen_jax", "convert", "train"):
         logging.getLogger(package).setLevel(logging.INFO if verbose else logging.WARNING)
-    _hush_orbax()
+    _watch_ignored_exceptions()
     # A job scheduler's SIGTERM raises SystemExit, so that unfinished files are removed like after any other failure.
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(_TERMINATED))
     try:
         status = _run(name, argv[len(name.split()) :])
         # Flush here, where a closed pipe can still be handled.
@@ -175,14 +177,23 @@ def _leave(status: int) -> None:
         os._exit(status)
 
 
-def _hush_orbax() -> None:
-    """Silences Orbax's own tracebacks, one for each array of a failed save; the code that saves reports the failure."""
+def _watch_ignored_exceptions() -> None:
+    """Raises a signal again whose exception Python ignored, and silences Orbax's tracebacks of a failed save.
+
+    Python ignores exceptions in callbacks of the garbage collector, of which JAX has one: Ctrl-C and SIGTERM would be
+    lost there. Orbax prints a traceback for each array of a failed save; the code that saves reports the failure.
+    """
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     before = sys.unraisablehook
 
     def hook(what: "sys.UnraisableHookArgs") -> None:
+        error = what.exc_value
+        if isinstance(error, KeyboardInterrupt):
+            threading.Timer(_SOON, signal.raise_signal, (signal.SIGINT,)).start()
+        elif isinstance(error, SystemExit) and error.code == _TERMINATED:
+            threading.Timer(_SOON, signal.raise_signal, (signal.SIGTERM,)).start()
         # Writes that finish after the save has been abandoned.
-        if not (isinstance(what.exc_value, RuntimeError) and str(what.exc_value) == "Event loop is closed"):
+        elif not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
             before(what)
 
     if before is sys.__unraisablehook__:

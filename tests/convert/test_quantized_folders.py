@@ -9,17 +9,19 @@ import jax
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from convert import convert, load, open_source
 from convert.dequantize import DequantizedSource
 from convert.names import leaves
 from convert.placement import place
+from convert.quantize import REPORT, Recipe, quantize
 from convert.quantized.awq import Awq
 from convert.quantized.compressed_config import Compressed
 from convert.quantized.export import export
 from convert.quantized.fp8 import Fp8
 from convert.quantized.gptq import Gptq
-from convert.quantized.info import FormatInfo
+from convert.quantized.info import FormatInfo, is_listed
 from convert.source import TreeSource
 from qwen_jax.cli import main
 from qwen_jax.config import ModelConfig, load_config
@@ -222,3 +224,46 @@ def test_dtype_is_needed_to_convert(tmp_path: Path) -> None:
     (tmp_path / "quantised" / "quantize_config.json").unlink()
     with pytest.raises(InputError, match=r"no quantization_config and there is no quantize_config\.json"):
         open_source(tmp_path / "quantised")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_tensors_are_checked_before_weights_are_read(tmp_path: Path, name: str) -> None:
+    """A tensor that is missing or has another shape is found in the header, wherever it is."""
+    rng = print_seed()
+    write(tmp_path / "good", *FORMATS[name], False, rng)
+    tensors = load_file(tmp_path / "good/model.safetensors")
+    packed = [name for name in tensors if "scale" in name or name.endswith(("qweight", "qzeros", "weight_packed"))]
+    chosen = str(rng.choice(packed))
+    for change, message in (
+        (None, f"has no {chosen}|holds no quantised tensors|needs weight_scale"),
+        (tensors[chosen][None], f"{chosen}: expected .*got"),
+    ):
+        damaged = {name: tensor for name, tensor in tensors.items() if name != chosen}
+        if change is not None:
+            damaged[chosen] = change.contiguous()
+        save_file(damaged, tmp_path / "good/model.safetensors")
+        with pytest.raises(InputError, match=message):
+            open_source(tmp_path / "good")
+
+
+@pytest.mark.parametrize("method", ["compressed-tensors", "gptq", "awq"])
+def test_the_configuration_of_a_repacked_model_is_that_of_a_quantised_one(tmp_path: Path, method: str) -> None:
+    """All but those of gptq name the routers as left out, which other programs would take for quantised layers."""
+    make_hf_checkpoint(tmp_path / "original", tie=False, moe=True, dtype="bfloat16")
+    quantize(tmp_path / "original", tmp_path / "first", Recipe("rtn", group=16, format=method))  # type: ignore[arg-type]
+    convert(tmp_path / "first", tmp_path / "second", quantization=method)
+    names = {path.name for path in (tmp_path / "second").iterdir()}
+    assert names == {path.name for path in (tmp_path / "first").iterdir()} - {REPORT}
+    for name in names:
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes(), name
+    settings = json.loads((tmp_path / "second/config.json").read_text())["quantization_config"]
+    names = settings.get("ignore") or settings.get("modules_to_not_convert") or ()
+    for name, tensor in load_file(tmp_path / "second/model.safetensors").items():
+        module = name.removesuffix(".weight")
+        if (
+            method != "gptq"
+            and module != name
+            and tensor.ndim == 2
+            and not module.endswith(("embed_tokens", "lm_head"))
+        ):
+            assert is_listed(module, names), module

@@ -274,7 +274,7 @@ def test_bad_schemes() -> None:
     with pytest.raises(InputError, match="one scale for each output"):
         Quantization(Scheme("int8", 128), activations="int8")
     for wrong in (Scheme("int4"), Scheme("int8", 128), Scheme("int8", offset="zero")):
-        with pytest.raises(InputError, match="one scale for each output"):
+        with pytest.raises(InputError, match=rf"one scale for each output; got {wrong}\. Leave w8a8 out, or quantise"):
             Quantization(wrong).with_w8a8()
     with pytest.raises(InputError, match="this model is not quantised"):
         DENSE.with_w8a8()

@@ -9,6 +9,7 @@ from typing import Any
 from unittest import mock
 
 import gguf
+import jax
 import numpy as np
 import pytest
 import torch
@@ -331,3 +332,13 @@ def test_a_file_alone_is_enough(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "PASS" in run("verify", file, folder)
     shutil.rmtree(folder)
     assert run("generate", file, "--prompt", "a", "--max-new-tokens", "5") == "bc\n"
+
+
+@pytest.mark.parametrize("recipe", ["q8_0", "q4_0", "bf16"])
+def test_the_config_of_a_file_loads_its_weights(recipe: str, tmp_path: Path, mesh: Mesh) -> None:
+    """As training does, which knows the config before it loads: codes stay codes."""
+    file = make_gguf(tmp_path, recipe)
+    config, want = convert.load(file, mesh, options=Options())
+    got = convert.load_params(file, convert.open_source(file).config, mesh)
+    assert (config.quantization is None) == (recipe == "bf16")
+    jax.tree.map(np.testing.assert_array_equal, got, want)

@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from convert import load, open_source
+from convert import convert, load, open_source
 from convert.quantize import REPORT, CalibrationText, Recipe, quantize
 from convert.quantize.layer import Layer, matrices
 from convert.quantized import Codes, read_format, unpack
@@ -264,3 +266,59 @@ def test_the_command(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert (config["sym"], config["bits"], config["checkpoint_format"]) == (False, 4, "gptq_v2")
     assert main(["quantize", str(model), str(tmp_path / "b"), "--method", "rtn", "--sym", "--asym"]) == 1
     assert "not both" in capsys.readouterr().err
+
+
+def test_codes_of_a_gguf_file_are_not_taken_for_weights(model: Path, tmp_path: Path) -> None:
+    """A quantised file is refused; one of floats is quantised as the folder that it was made of."""
+    for kind in ("q8_0", "bf16"):
+        convert(model, tmp_path / f"{kind}.gguf", recipe=kind)
+    with pytest.raises(InputError, match="quantised already, by the types of its GGUF file"):
+        quantize(tmp_path / "q8_0.gguf", tmp_path / "new", Recipe("rtn", group=32))
+    assert not list(tmp_path.glob("*new*"))
+    want = quantize(model, tmp_path / "folder", Recipe("fp8"))
+    assert quantize(tmp_path / "bf16.gguf", tmp_path / "file", Recipe("fp8")).outcomes == want.outcomes
+
+
+@pytest.mark.parametrize("kind", ["folder", "gguf"])
+def test_a_stopped_run_belongs_to_the_files_that_it_reads(model: Path, tmp_path: Path, kind: str) -> None:
+    """A new folder inside the model, or a log there, does not end a run; other weights do."""
+    source = shutil.copytree(model, tmp_path / "model")
+    new, weights = source / "new", source / SINGLE
+    if kind == "gguf":
+        source = weights = tmp_path / "model.gguf"
+        convert(model, source)
+
+    def stop(number: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(source, new, Recipe("fp8"), after_layer=stop)
+    (new.parent / "log.txt").write_text("stopped")
+    before = weights.stat()
+    os.utime(weights)
+    with pytest.raises(InputError, match="another run: files changed"):
+        quantize(source, new, Recipe("fp8"))
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    done: list[int] = []
+    quantize(source, new, Recipe("fp8"), after_layer=done.append)
+    assert done == [1]
+
+
+def test_too_small_a_disk_is_refused_before_the_first_layer(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Finished layers and the new folder are on the disk together."""
+    size = quantize(model, tmp_path / "new", Recipe("fp8")).bytes_after
+    shutil.rmtree(tmp_path / "new")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=size))
+    with pytest.raises(InputError, match="Make room or choose another disk"):
+        quantize(model, tmp_path / "new", Recipe("fp8"), after_layer=pytest.fail)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_run_left_of_the_new_folder_is_removed(model: Path, tmp_path: Path) -> None:
+    left, of_others = tmp_path / ".new.123.tmp", [tmp_path / ".new.b.123.tmp", tmp_path / ".tmp", tmp_path / ".new.tmp"]
+    for folder in (left, *of_others):
+        folder.mkdir()
+    quantize(model, tmp_path / "new", Recipe("fp8"))
+    assert {path.name for path in tmp_path.iterdir()} == {"new", *(folder.name for folder in of_others)}

@@ -402,3 +402,28 @@ def test_installed_command_ignores_the_users_own_modules(model: Path, tmp_path: 
         assert "\x1b" not in done.stdout + done.stderr
     helped = subprocess.run([str(command), "generate", "--help"], capture_output=True, text=True, check=True)
     assert "\x1b" not in helped.stdout
+
+
+@pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_during_a_garbage_collection_ends_the_command(name: str, status: int) -> None:
+    """Python ignores exceptions in a callback of the collector, as JAX has one; the command ends nevertheless."""
+    code = f"""
+import gc, os, signal, sys, time
+from qwen_jax import cli
+
+def callback(phase, information):
+    gc.callbacks.remove(callback)
+    os.kill(os.getpid(), signal.{name})
+    time.sleep(0)
+
+def command(name, argv):
+    gc.callbacks.append(callback)
+    gc.collect()
+    time.sleep(20)
+    return 0
+
+cli._run = command
+sys.exit(cli.main(["info"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (status, "")
