@@ -196,6 +196,14 @@ class GrpoRunConfig:
                 f"With engine.devices={self.engine.devices} rollouts are older than the weights that learn from them. "
                 "The loss must correct for it: set objective.importance_cap=2.0, or objective.old=sampler."
             )
+        pages, size = self.engine.num_pages, self.engine.page_size
+        if pages is not None and pages * size < self.longest:
+            raise InputError(
+                f"engine.num_pages={pages} pages of {size} tokens hold {pages * size} tokens, but a rollout has up to "
+                f"{self.longest} (prompt_length {self.prompt_length} and sampling.max_new_tokens "
+                f"{self.sampling.max_new_tokens}). Set engine.num_pages to at least {-(-self.longest // size)}, or leave "
+                "it out."
+            )
         if self.row_length is not None and self.row_length < self.longest:
             raise InputError(
                 f"row_length must hold a prompt of {self.prompt_length} and a response of "

@@ -526,7 +526,7 @@ def test_a_program_has_one_verdict_also_over_a_resume(files: Path, tmp_path: Pat
         ((), "broken", r"broken raised ZeroDivisionError \(.*reward.py, line 14\): here"),
         ((), "missing", "has no function missing"),
         (("prompt_length=3",), "letters", "have more than 3 tokens"),
-        (("engine.num_pages=1",), "letters", "pages of the cache, which has 1"),
+        (("engine.num_pages=1",), "letters", r"engine.num_pages=1 pages of 32 tokens .* to at least \d+"),
         (('tools=["python"]',), "letters", "bubblewrap .* is needed to run untrusted programs and not installed"),
         (("queries=11",), "letters", "An episode needs 11 different prompts"),
         (("sampling.group_size=1",), "letters", "must be at least 2"),
