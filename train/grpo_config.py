@@ -201,8 +201,8 @@ class GrpoRunConfig:
             raise InputError(
                 f"engine.num_pages={pages} pages of {size} tokens hold {pages * size} tokens, but a rollout has up to "
                 f"{self.longest} (prompt_length {self.prompt_length} and sampling.max_new_tokens "
-                f"{self.sampling.max_new_tokens}). Set engine.num_pages to at least {-(-self.longest // size)}, or leave "
-                "it out."
+                f"{self.sampling.max_new_tokens}). Set engine.num_pages to at least {-(-self.longest // size)}, or "
+                "leave it out."
             )
         if self.row_length is not None and self.row_length < self.longest:
             raise InputError(
