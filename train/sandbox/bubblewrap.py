@@ -124,8 +124,9 @@ class Bubblewrap(LocalRunner):
         def memory_file(name: str, content: bytes) -> int:
             descriptor = os.memfd_create(name)
             held.callback(os.close, descriptor)
-            with os.fdopen(os.dup(descriptor), "wb") as file:
-                file.write(content)
+            left = memoryview(content)
+            while left:
+                left = left[os.write(descriptor, left) :]
             os.lseek(descriptor, 0, os.SEEK_SET)
             return descriptor
 

@@ -174,7 +174,7 @@ class LocalRunner(ABC):
         for stream in streams or ():
             stream.close()
         look = watcher(
-            lambda: Path(f"/proc/{pid}/root") if (pid := first()) is not None else None,
+            lambda: f"/proc/{pid}/root" if (pid := first()) is not None else None,
             job.limits.memory_bytes if group is None else None,
             job.limits.files,
         )
