@@ -84,6 +84,15 @@ def test_answers_are_right_and_no_prompt_is_used_twice(tmp_path):
         learning.write_problems(dataclasses.replace(setup, largest=3), "arithmetic", seed, tmp_path / "few")
 
 
+@pytest.mark.parametrize("setup", [learning.Setup(), learning.TOY], ids=["gpu", "toy"])
+@pytest.mark.parametrize("name", list(TASKS))
+def test_a_right_answer_fits_in_a_response(name, setup):
+    """With the token that ends it; the tokenizer has bytes alone."""
+    rng = np.random.default_rng()
+    longest = max(len(TASKS[name].make(rng, setup).answer.encode()) for _ in range(2000))
+    assert longest + 1 <= setup.max_new_tokens
+
+
 def test_right_functions_pass_in_the_sandbox():
     """The answers of the data get 1, others 0; the control has the same rewards in each group."""
     if reason := learning.no_sandbox():

@@ -142,10 +142,10 @@ class Setup:
 
 
 TOY = Setup(
-    layers=2, hidden=64, dtype="float32", length=128, largest=9, operations=1, constants=30, examples=400,
+    layers=2, hidden=64, dtype="float32", length=160, largest=9, operations=1, constants=30, examples=400,
     start_rows=16, start_rate=3e-3, start_steps=1500, start_accuracy=0.1, read_every=30, readings=32, held_out=16,
     queries=4, code_queries=4, episodes=4, code_episodes=3, rate=1e-3, code_rate=1e-3,
-    max_new_tokens=48, evaluate_every=4,
+    max_new_tokens=64, evaluate_every=4,
 )  # fmt: skip
 
 
