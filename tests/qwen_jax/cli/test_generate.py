@@ -110,6 +110,31 @@ def test_prompt_files_without_prompts(
     assert message in err
 
 
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("generate", "--prompt", "a", "--document", "{tmp}"), "is a folder"),
+        (("generate", "--prompt-file", "-", "--document", "-"), "can be read once"),
+        (("generate", "--prompt-file", "-", "--prompt-file", "-"), "can be read once"),
+        (("chat", "--document", "-"), "Give --document a file"),
+        (("chat", "--document", "{tmp}/long.txt"), "The document and what is before it have"),
+    ],
+    ids=str,
+)
+def test_documents_that_cannot_be_read_are_found_before_the_weights_are_loaded(
+    capsys: Capture, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argv: tuple[str, ...], message: str
+) -> None:
+    def load(*_: Any, **__: Any) -> Any:
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr("convert.load", load)
+    (tmp_path / "long.txt").write_text("a" * 600)
+    argv = tuple(word.format(tmp=tmp_path) for word in argv)
+    status, out, err = run(capsys, argv[0], folder, *argv[1:], stdin=b"a\n")
+    assert (status, out) == (1, "")
+    assert message in err
+
+
 # --- what ends a text ---
 
 
