@@ -291,7 +291,8 @@ class Chat:
                 + ("." if model.config.yarn or model.config.dual_chunk else ", or give --dual-chunk or --rope-scaling.")
             )
         engine = model.engine()
-        document = engine.read(shared, room=min(room, _CONVERSATION)) if self.document is not None else None
+        room = min(room, _CONVERSATION)
+        document = engine.read(shared, room=room) if self.document is not None else None
         messages: list[Message] = list(start)
         failed = False
         for line in _lines():
@@ -302,6 +303,9 @@ class Chat:
                 continue
             if not line.strip():
                 continue
+            if document is not None and not document.is_free:  # Ctrl-C while the device had its cache.
+                print("The document is read again.", file=sys.stderr)
+                document = engine.read(shared, room=room)
             messages.append({"role": "user", "content": line})
             reply = self._reply(model, engine, messages, document)
             if reply is None:
