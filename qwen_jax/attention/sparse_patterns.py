@@ -43,7 +43,7 @@ class VerticalSlash:
     @classmethod
     def default(cls, config: ModelConfig) -> "VerticalSlash":
         """The budgets (1000, 6096) for every head, or the context length where that is less."""
-        n_v, n_s = (min(n, config.max_position_embeddings) for n in _DEFAULT)
+        n_v, n_s = (min(n, config.context_length) for n in _DEFAULT)
         L, H = config.num_layers, config.num_heads
         return cls(((n_v,) * H,) * L, ((n_s,) * H,) * L)
 
@@ -63,7 +63,7 @@ class VerticalSlash:
           config: of the model.
           source: where the budgets come from, the subject of the message.
         """
-        L, H, longest = config.num_layers, config.num_heads, config.max_position_embeddings
+        L, H, longest = config.num_layers, config.num_heads, config.context_length
         if len(self.columns) != L:
             raise InputError(
                 f"{source} is for another model: it has {len(self.columns)} layers, this model has {L}. "

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from qwen_jax.cli.common import ModelOption, ModelPosition, Texts, model_name
+from qwen_jax.cli.common import ModelOption, ModelPosition, Texts, given, model_name
 from qwen_jax.cli.failures import complain, explain
 from qwen_jax.cli.lines import read_lines, read_text
 from qwen_jax.cli.model import IdLists, Model, Running, Sampling, parse_ids
@@ -124,12 +124,14 @@ class Generate:
             raise InputError("Give both --input and --output.")
         others: dict[str, object] = {"--prompt": self.prompt, "--prompt-file": self.prompt_file}
         others |= {"--prompt-ids": self.prompt_ids, "--document": self.document}
-        if given := [option for option, value in others.items() if value]:
-            raise InputError(f"--input has prompts of its own; {given[0]} cannot be given with it.")
+        if prompts := [option for option, value in others.items() if value]:
+            raise InputError(f"--input has prompts of its own; {prompts[0]} cannot be given with it.")
         if self.in_flight < 1:
             raise InputError(f"--in-flight must be at least 1, got {self.in_flight}.")
         if self.running.attention != "dense":
             raise InputError("--input runs with dense attention.")
+        if given(self.running, "prefill_chunk"):
+            raise InputError("Leave out --prefill-chunk: --input reads prompts in chunks of its own.")
         batch_files.check_files(self.input, self.output)
         model = Model(name, self.sampling, self.running, need_tokenizer=False)
         with model.continuous_engine(self.in_flight) as engine:
@@ -159,6 +161,8 @@ class Generate:
     def _prompts(self) -> list[str | list[int]]:
         if sum(map(bool, (self.prompt, self.prompt_file, self.prompt_ids))) != 1:
             raise InputError("Give exactly one of --prompt, --prompt-file and --prompt-ids.")
+        if [*self.prompt_file, self.document].count("-") > 1:
+            raise InputError('"-" is standard input, which can be read once. Give a file for the others.')
         if self.prompt:
             return list(self.prompt)
         if self.prompt_ids:
@@ -216,7 +220,7 @@ def _bytes_of_file(name: str, what: str) -> bytes:
         return sys.stdin.buffer.read()
     path = Path(name)
     if not path.is_file():
-        raise InputError(f"The {what} file {path} does not exist.")
+        raise InputError(f"The {what} file {path} {'is a folder' if path.is_dir() else 'does not exist'}.")
     return path.read_bytes()
 
 
@@ -263,6 +267,8 @@ class Chat:
 
     def run(self) -> int:
         name = model_name(self.folder, self.model)
+        if self.document == "-":
+            raise InputError("chat reads what you say from standard input. Give --document a file.")
         # The end-of-text id of a base checkpoint does not end a turn.
         model = Model(name, self.sampling, self.running, need_tokenizer=True, also_ends=["<|im_end|>"])
         assert model.tokenizer is not None
@@ -271,15 +277,22 @@ class Chat:
         start = [{"role": "system", "content": "\n\n".join(parts)}] if parts else []
         # A template that fails, or refuses a system message, does so before the weights are loaded.
         model.tokenizer.encode_chat([*start, {"role": "user", "content": "Hello"}])
-        engine = model.engine()
-        document = None
+        shared: list[int] = []
         if self.document is not None:
             # What all conversations begin with is read once.
             shared = _common_prefix(
                 *(model.tokenizer.encode_chat([*start, {"role": "user", "content": word}]) for word in ("Hello", "7"))
             )
-            room = model.config.context_length - len(shared)
-            document = engine.read(shared, room=min(room, _CONVERSATION))
+        room = model.config.context_length - len(shared)
+        if room < 1:
+            raise InputError(
+                f"The document and what is before it have {len(shared)} tokens, the model's context "
+                f"{model.config.context_length}. Shorten it"
+                + ("." if model.config.yarn or model.config.dual_chunk else ", or give --dual-chunk or --rope-scaling.")
+            )
+        engine = model.engine()
+        room = min(room, _CONVERSATION)
+        document = engine.read(shared, room=room) if self.document is not None else None
         messages: list[Message] = list(start)
         failed = False
         for line in _lines():
@@ -290,6 +303,9 @@ class Chat:
                 continue
             if not line.strip():
                 continue
+            if document is not None and not document.is_free:  # Ctrl-C while the device had its cache.
+                print("The document is read again.", file=sys.stderr)
+                document = engine.read(shared, room=room)
             messages.append({"role": "user", "content": line})
             reply = self._reply(model, engine, messages, document)
             if reply is None:

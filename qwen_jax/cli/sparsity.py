@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from qwen_jax.cli.common import ModelOption, ModelPosition, model_name
+from qwen_jax.cli.common import ModelOption, ModelPosition, given, model_name
 from qwen_jax.cli.lines import read_text
 from qwen_jax.cli.model import Model, Running, Sampling
 from qwen_jax.errors import InputError
@@ -56,13 +56,25 @@ class Tune:
             raise InputError("Give a long text with --text FILE.")
         path = Path(self.text)
         if not path.is_file():
-            raise InputError(f"The text file {path} does not exist.")
+            raise InputError(f"The text file {path} {'is a folder' if path.is_dir() else 'does not exist'}.")
         if Path(self.output).exists():
             raise InputError(f"{self.output} exists. Remove it, or give another --output.")
+        if not Path(self.output).parent.is_dir():
+            raise InputError(f"The folder of --output {self.output} does not exist. Make it first.")
+        if self.running.attention == "pooled" or given(self.running, "sparse_from"):
+            raise InputError(
+                "Budgets are those of vertical-slash attention, whatever the length. Leave out --attention "
+                "and --sparse-from."
+            )
+        from qwen_jax.inference.sparsity import check_settings, tune
+
+        check_settings(self.threshold, self.rounds, self.step)
         running = dataclasses.replace(self.running, attention="vertical-slash")
         model = Model(model_name(self.folder, self.model), Sampling(), running, need_tokenizer=True)
         assert model.tokenizer is not None
         tokens = model.tokenizer.encode(read_text(path.read_bytes(), self.text))
+        if not tokens:
+            raise InputError(f"The text file {path} is empty.")
         longest = model.config.context_length - 1
         length = min(len(tokens), longest) if self.length is None else self.length
         if not 1 <= length <= min(len(tokens), longest):
@@ -72,7 +84,6 @@ class Tune:
             )
         engine = model.engine()
         from qwen_jax.attention.sparse import VerticalSlash
-        from qwen_jax.inference.sparsity import tune
 
         pattern = model.pattern
         assert isinstance(pattern, VerticalSlash)

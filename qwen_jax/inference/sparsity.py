@@ -28,6 +28,15 @@ class Round:
     cut: int
 
 
+def check_settings(threshold: float, rounds: int, step: int) -> None:
+    """Raises `InputError` for settings of `tune` that make no sense."""
+    if not 0 < threshold <= 1 or rounds < 1 or step < 1:
+        raise InputError(
+            f"Expected a threshold in (0, 1], at least one round and a positive step; got {threshold}, {rounds} and "
+            f"{step}."
+        )
+
+
 def tune(
     engine: Engine,
     tokens: Sequence[int],
@@ -57,12 +66,8 @@ def tune(
 
     Source: algorithm 1 of the Qwen2.5-1M report (arXiv:2501.15383).
     """
-    if not 0 < threshold <= 1 or rounds < 1 or step < 1:
-        raise InputError(
-            f"Expected a threshold in (0, 1], at least one round and a positive step; got {threshold}, {rounds} and "
-            f"{step}."
-        )
-    longest = engine.config.max_position_embeddings
+    check_settings(threshold, rounds, step)
+    longest = engine.config.context_length
     most = min(pattern.most_columns + step * (rounds - 1), longest)
     always, engine.sparse_from = engine.sparse_from, 1
     try:

@@ -110,6 +110,72 @@ def test_prompt_files_without_prompts(
     assert message in err
 
 
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("generate", "--prompt", "a", "--document", "{tmp}"), "is a folder"),
+        (("generate", "--prompt-file", "-", "--document", "-"), "can be read once"),
+        (("generate", "--prompt-file", "-", "--prompt-file", "-"), "can be read once"),
+        (("chat", "--document", "-"), "Give --document a file"),
+        (("chat", "--document", "{tmp}/long.txt"), "The document and what is before it have"),
+    ],
+    ids=str,
+)
+def test_documents_that_cannot_be_read_are_found_before_the_weights_are_loaded(
+    capsys: Capture, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argv: tuple[str, ...], message: str
+) -> None:
+    def load(*_: Any, **__: Any) -> Any:
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr("convert.load", load)
+    (tmp_path / "long.txt").write_text("a" * 600)
+    argv = tuple(word.format(tmp=tmp_path) for word in argv)
+    status, out, err = run(capsys, argv[0], folder, *argv[1:], stdin=b"a\n")
+    assert (status, out) == (1, "")
+    assert message in err
+
+
+@pytest.mark.parametrize("program", ["read_layer", "decoder"])
+def test_a_chat_about_a_document_goes_on_after_ctrl_c(
+    capsys: Capture, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str
+) -> None:
+    """Wherever Ctrl-C comes, also between a program that takes the buffers of the cache and what it returns."""
+    from qwen_jax.inference import chunked_prefill, engine
+
+    (tmp_path / "document.txt").write_text("ab" * 20)
+    reads: list[Any] = []
+    hits: list[bool] = []
+    read = engine.Engine.read
+
+    def noting(self: Any, *args: Any, **how: Any) -> Any:
+        document = read(self, *args, **how)
+        reads.append(document)
+        return document
+
+    def interrupted(run: Any) -> Any:
+        def program(*args: Any, **how: Any) -> Any:
+            results = run(*args, **how)
+            if reads and not hits:
+                hits.append(True)
+                raise KeyboardInterrupt
+            return results
+
+        return program
+
+    monkeypatch.setattr(engine.Engine, "read", noting)
+    if program == "decoder":
+        decoder = engine.decoder
+        monkeypatch.setattr(engine, "decoder", lambda *args: interrupted(decoder(*args)))
+    else:
+        monkeypatch.setattr(chunked_prefill, "read_layer", interrupted(chunked_prefill.read_layer))
+    options = ("--document", tmp_path / "document.txt", "--max-new-tokens", "3", "--temperature", "0")
+    status, out, err = run(capsys, "chat", folder, *options, stdin=b"a\n/reset\na\n")
+    assert (status, len(reads), len(hits)) == (0, 2, 1), err
+    assert "read again" in err
+    _, plain, _ = run(capsys, "chat", folder, *options, stdin=b"a\n")
+    assert out == "\n" + plain
+
+
 # --- what ends a text ---
 
 

@@ -63,6 +63,7 @@ def test_a_file_of_requests(model: Path, tmp_path: Path, capsys: pytest.CaptureF
         (["--input", "x.jsonl", "--output", "y.jsonl", "--prompt", "a"], "--prompt cannot be given"),
         (["--input", "x.jsonl", "--output", "y.jsonl", "--in-flight", "0"], "--in-flight"),
         (["--input", "x.jsonl", "--output", "y.jsonl", "--attention", "pooled"], "dense attention"),
+        (["--input", "x.jsonl", "--output", "y.jsonl", "--prefill-chunk", "256"], "Leave out --prefill-chunk"),
     ],
 )
 def test_wrong_options(model: Path, capsys: pytest.CaptureFixture[str], options: list[str], words: str) -> None:

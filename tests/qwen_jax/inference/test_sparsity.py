@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 
 from qwen_jax.attention.sparse import VerticalSlash
 from qwen_jax.cli import main
+from qwen_jax.config import Yarn
 from qwen_jax.errors import InputError
 from qwen_jax.inference import Engine
 from qwen_jax.inference.sparsity import Round, tune
@@ -85,3 +87,53 @@ def test_the_command_writes_a_file_that_generate_takes(tmp_path: Path, capsys: p
     ):
         assert main(["generate", str(folder), "--prompt", "hello", *wrong]) == 1
         assert words in capsys.readouterr().err
+
+
+def test_what_cannot_be_tuned_is_found_before_the_weights_are_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder that is missing would cost all rounds."""
+
+    def load(*_: Any, **__: Any) -> Any:
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr("convert.load", load)
+    folder, text, empty = tmp_path / "model", tmp_path / "text.txt", tmp_path / "empty.txt"
+    make_hf_checkpoint(folder, num_hidden_layers=1, vocab_size=320)
+    train_bpe(["hello world, hello there"] * 4, 300).save(folder)
+    text.write_text("hello there world " * 8)
+    empty.touch()
+    for options, words in (
+        (["--output", str(tmp_path / "missing" / "budgets.json")], "does not exist. Make it first"),
+        (["--text", str(tmp_path)], "is a folder"),
+        (["--text", str(empty)], "is empty"),
+        (["--attention", "pooled"], "Leave out --attention"),
+        (["--sparse-from", "5"], "--sparse-from"),
+        (["--threshold", "2"], "got 2.0"),
+    ):
+        given = ["--text", str(text), "--output", str(tmp_path / "budgets.json"), *options]
+        assert main(["sparsity", "tune", str(folder), *given]) == 1
+        assert words in capsys.readouterr().err
+
+
+def test_budgets_reach_to_the_end_of_a_context_that_yarn_extends() -> None:
+    """`max_position_embeddings` may be that before the extension."""
+    trained = dataclasses.replace(CONFIG, yarn=Yarn(4.0, 512))
+    assert trained.context_length == 2048
+    pattern = VerticalSlash.default(trained)
+    assert (pattern.columns[0][0], pattern.slashes[0][0]) == (1000, 2048)
+    pattern.check(trained)
+    with pytest.raises(InputError, match="expected 1 to 2048"):
+        VerticalSlash(pattern.columns, ((2049,) * CONFIG.num_heads,)).check(trained)
+    mesh = make_mesh({}, jax.devices()[:1])
+    engine = Engine(
+        trained,
+        random_unstacked(trained, mesh, np.random.default_rng(0), 0.3),
+        mesh,
+        dtype="float32",
+        prefill_chunk=128,
+    )
+    few = VerticalSlash(((4,) * CONFIG.num_heads,), ((4,) * CONFIG.num_heads,))
+    tokens = np.random.default_rng(1).integers(0, 96, 400).tolist()
+    last = tune(engine, tokens, few, threshold=1.0, rounds=2, step=600)
+    assert max(max(last.pattern.slashes)) == 604
