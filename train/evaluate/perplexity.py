@@ -126,8 +126,8 @@ def check_context(config: ModelConfig, length: int) -> None:
     if length > config.context_length:
         raise InputError(
             f"A length of {length:,} tokens exceeds the model's context of {config.context_length:,}. Give --lengths "
-            f"up to {config.context_length:,}, or extend the model: rope_scaling (YaRN) or "
-            "dual_chunk_attention_config in config.json, see docs/inference.md."
+            f"up to {config.context_length:,}, or extend the context with --rope-scaling or --dual-chunk "
+            "(docs/long_context.md)."
         )
 
 
