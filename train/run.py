@@ -30,7 +30,7 @@ from train.launch import Export, Job, Phase, Programs
 from train.loop import ByStep, Measurement, held_out_sums
 from train.observe.goodput import Clock
 from train.observe.report import Report, ReportedStage
-from train.resume import changed_since_last_launch, check_stages_taken
+from train.resume import changed_since_last_launch, check_moments, check_stages_taken
 from train.start import begin, stage_meshes
 from train.state import TrainState
 from train.step import EvalStep
@@ -186,6 +186,7 @@ def _job(
     def check_resume(checkpoints: Checkpoints, step: int) -> None:
         mixture.check_resume(checkpoints.data(step) or {}, step)
         check_stages_taken(config, step, checkpoints.model(step), changes)
+        check_moments(config, changes)
 
     def report(step: int) -> Report:
         shown = mixture.describe_epochs()
