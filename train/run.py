@@ -10,6 +10,7 @@ import jax
 from jax.sharding import Mesh
 from rich.console import Console
 
+from qwen_jax.attention.sequence import check_length
 from qwen_jax.config import ModelConfig, load_config
 from qwen_jax.errors import InputError
 from qwen_jax.files import to_json
@@ -287,6 +288,9 @@ class _HeldOut:
         """The evaluation of a stage, for `Phase`; None without data."""
         if not self._rows:
             return None
+        for name, rows in self._rows.items():
+            where = f"Stage {index + 1}, the held-out data set {name!r}: "
+            check_length(rows.length, mesh.shape["context"], where=where)
         # As many rows at a time as a micro-batch has.
         size = self._config.stages[index].batch_size // self._config.step_config(index).accumulation
         batches = {name: HeldOutBatches(rows, size, mesh) for name, rows in self._rows.items()}
