@@ -46,7 +46,7 @@ progress, and end with status 143 and 130; a second Ctrl-C ends at once."""
 _EXAMPLES = """\
 a configuration (docs/training.md; the Qwen2.5 report's are in experiments/pretrain):
 
-  from qwen_jax.config import published
+  from qwen_jax.published import published
   from train.config import RunConfig, Stage
   from train.loop import LoopConfig
   from train.optimizer import Schedule

@@ -1,6 +1,7 @@
 """Runs from a configuration: stages in one log, exact resume, and what must not change on resume."""
 
 import json
+import textwrap
 from pathlib import Path
 
 import jax
@@ -212,3 +213,12 @@ def test_runs_that_cannot_work_are_refused_before_anything_is_made(material, tmp
         with pytest.raises(InputError, match=message):
             run.pretrain(set_fields(config, *change.split(" ", 1)))
     assert not (tmp_path / "run").exists()
+
+
+def test_the_configuration_in_the_help_can_be_loaded(tmp_path, capsys):
+    """As a newcomer would copy it into a file."""
+    with pytest.raises(SystemExit):
+        run.main(["--help"])
+    example = capsys.readouterr().out.partition("experiments/pretrain):")[2].partition("watch it:")[0]
+    (tmp_path / "copied.py").write_text(textwrap.dedent(example.strip("\n")))
+    assert load(str(tmp_path / "copied.py")).stages[0].length == 4096
