@@ -35,7 +35,7 @@ from train.judge import Judge
 from train.launch import Export, Job, Phase
 from train.loop import Measurement
 from train.observe.report import Report, ReportedStage
-from train.resume import changed_tuning
+from train.resume import changed_tuning, check_moments
 from train.sampler import Sampler
 from train.sandbox import Sandbox
 from train.shared_rollouts import SharedRollouts
@@ -225,6 +225,7 @@ class _Run:
         }
 
     def _check_resume(self, checkpoints: Checkpoints, step: int) -> None:
+        check_moments(self.config, self.changes)
         saved = checkpoints.data(step) or {}
         for name, value in self._record().items():
             if saved.get(name) != value:

@@ -69,6 +69,25 @@ def _last_launch(path: Path) -> Mapping[str, Any] | None:
     return next((r["config"] for r in reversed(records) if isinstance(r["config"], dict)), None)
 
 
+def check_moments(config: RunConfig | TuneConfig | GrpoRunConfig, changes: Mapping[str, tuple[Any, Any]]) -> None:
+    """Checks that moments in 8 bits, which are stored in units of `clip_norm`, still have their unit.
+
+    Args:
+      config: of this launch, which resumes from a checkpoint.
+      changes: as from `changed_since_last_launch` or `changed_tuning`.
+
+    Raises:
+      InputError: `clip_norm` has changed, so that all moments would be scaled with it.
+    """
+    path = "optimizer.clip_norm"
+    if config.optimizer.moments == "8bit" and path in changes:
+        before, now = changes[path]
+        raise InputError(
+            f"moments='8bit' are stored in units of clip_norm, which was {before:g} and is now {now:g}: all of them "
+            f"would be scaled by {now / before:g}. Set {path}={before:g}, or begin in a new folder."
+        )
+
+
 def check_stages_taken(
     config: RunConfig, step: int, saved: ModelConfig, changes: Mapping[str, tuple[Any, Any]]
 ) -> None:

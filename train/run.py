@@ -10,6 +10,7 @@ import jax
 from jax.sharding import Mesh
 from rich.console import Console
 
+from qwen_jax.attention.sequence import check_length
 from qwen_jax.config import ModelConfig, load_config
 from qwen_jax.errors import InputError
 from qwen_jax.files import to_json
@@ -30,7 +31,7 @@ from train.launch import Export, Job, Phase, Programs
 from train.loop import ByStep, Measurement, held_out_sums
 from train.observe.goodput import Clock
 from train.observe.report import Report, ReportedStage
-from train.resume import changed_since_last_launch, check_stages_taken
+from train.resume import changed_since_last_launch, check_moments, check_stages_taken
 from train.start import begin, stage_meshes
 from train.state import TrainState
 from train.step import EvalStep
@@ -45,7 +46,7 @@ progress, and end with status 143 and 130; a second Ctrl-C ends at once."""
 _EXAMPLES = """\
 a configuration (docs/training.md; the Qwen2.5 report's are in experiments/pretrain):
 
-  from qwen_jax.config import published
+  from qwen_jax.published import published
   from train.config import RunConfig, Stage
   from train.loop import LoopConfig
   from train.optimizer import Schedule
@@ -186,6 +187,7 @@ def _job(
     def check_resume(checkpoints: Checkpoints, step: int) -> None:
         mixture.check_resume(checkpoints.data(step) or {}, step)
         check_stages_taken(config, step, checkpoints.model(step), changes)
+        check_moments(config, changes)
 
     def report(step: int) -> Report:
         shown = mixture.describe_epochs()
@@ -286,6 +288,9 @@ class _HeldOut:
         """The evaluation of a stage, for `Phase`; None without data."""
         if not self._rows:
             return None
+        for name, rows in self._rows.items():
+            where = f"Stage {index + 1}, the held-out data set {name!r}: "
+            check_length(rows.length, mesh.shape["context"], where=where)
         # As many rows at a time as a micro-batch has.
         size = self._config.stages[index].batch_size // self._config.step_config(index).accumulation
         batches = {name: HeldOutBatches(rows, size, mesh) for name, rows in self._rows.items()}

@@ -10,6 +10,7 @@ import jax
 from jax.sharding import Mesh
 from rich.console import Console
 
+from qwen_jax.attention.sequence import check_length
 from qwen_jax.config import ModelConfig
 from qwen_jax.parallel.multihost import in_step
 from qwen_jax.parallel.sharding import Sharding, make_mesh
@@ -103,17 +104,18 @@ def begin(config: StartedRun, console: Console | None = None) -> Started:
 
 
 def stage_meshes(config: StagedRun, model: ModelConfig) -> list[Mesh]:
-    """The mesh of each stage, which must divide its batch.
+    """The mesh of each stage, which must divide its batch and its rows.
 
     Args:
       config: of the run.
       model: the architecture.
 
     Raises:
-      InputError: too few devices, or a dimension or batch that a mesh does not divide.
+      InputError: too few devices, or a dimension, batch or row that a mesh does not divide.
     """
     meshes = [make_mesh(config.mesh_axes(index)) for index in range(len(config.stages))]
     for index, (stage, mesh) in enumerate(zip(config.stages, meshes, strict=True)):
         shards = Sharding.for_training(model, mesh).batch_shards
         check_divides(stage.batch_size, config.step_config(index).accumulation, shards, where=f"Stage {index + 1}: ")
+        check_length(stage.length, mesh.shape["context"], where=f"Stage {index + 1}: ")
     return meshes

@@ -33,7 +33,7 @@ from train.launch import Export, Job, Phase
 from train.loop import ByStep, held_out_sums
 from train.observe.report import Report, ReportedStage
 from train.reference import reference_log_probs
-from train.resume import changed_tuning, check_rope
+from train.resume import changed_tuning, check_moments, check_rope
 from train.samples import Prompt, write_samples
 from train.start import Started, begin, stage_meshes
 from train.state import TrainState
@@ -289,7 +289,8 @@ class _Run:
                 packed.references = np.load(file, allow_pickle=False)
 
     def _check_resume(self, checkpoints: Checkpoints, step: int) -> None:
-        """Checks that the steps taken had the same examples and RoPE base."""
+        """Checks that the steps taken had the same examples and RoPE base, and moments the same unit."""
+        check_moments(self.config, self.changes)
         check_rope(self.ends, [objective.model for objective in self.objectives], step, checkpoints.model(step))
         saved = (checkpoints.data(step) or {}).get("stages", [])
         for index, (packed, end) in enumerate(zip(self.packed, self.ends, strict=True)):

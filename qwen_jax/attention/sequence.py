@@ -27,6 +27,24 @@ from qwen_jax.parallel.sharding import Sharding
 _MAX_LOGITS = 2**27
 
 
+def check_length(length: int, n: int, where: str = "") -> None:
+    """Checks that rows can be sharded over the context axis.
+
+    Args:
+      length: tokens in a row.
+      n: size of the context axis.
+      where: begins the message, such as "Stage 1: ".
+
+    Raises:
+      InputError: the length is not a multiple of 2n, and n is above 1.
+    """
+    if n > 1 and length % (2 * n):
+        raise InputError(
+            f"{where}Rows of {length} tokens do not divide into {2 * n} chunks, two for each device of the context "
+            f"axis. Choose a length that is a multiple of {2 * n}."
+        )
+
+
 def zigzag_shard(x_BT: jax.Array, sharding: Sharding) -> jax.Array:
     """Shards rows over the context axis in zigzag order.
 
@@ -41,12 +59,8 @@ def zigzag_shard(x_BT: jax.Array, sharding: Sharding) -> jax.Array:
       InputError: T is not a multiple of 2n.
     """
     n, (B, T) = sharding.context, x_BT.shape
+    check_length(T, n)
     if n > 1:
-        if T % (2 * n):
-            raise InputError(
-                f"Rows of {T} tokens do not divide into {2 * n} chunks, two for each device of the context axis. "
-                f"Choose a length that is a multiple of {2 * n}."
-            )
         early_BnC = x_BT[:, : T // 2].reshape(B, n, -1)
         late_BnC = jnp.flip(x_BT[:, T // 2 :].reshape(B, n, -1), axis=1)
         x_BT = jnp.stack([early_BnC, late_BnC], axis=2).reshape(B, T)

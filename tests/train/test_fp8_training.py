@@ -74,6 +74,10 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(
         assert run.pretrain(config("stopped"))
     with pytest.raises(InputError, match=f"moments was '{moments}' and is now None"):
         run.pretrain(set_fields(config("stopped"), "optimizer.moments=float32"))
+    if moments == "8bit":
+        # They are stored in units of clip_norm.
+        with pytest.raises(InputError, match=r"clip_norm, which was 1 and is now 4: .* scaled by 4"):
+            run.pretrain(set_fields(config("stopped"), "optimizer.clip_norm=4"))
     assert not run.pretrain(config("stopped"))
     assert numbers(tmp_path / "stopped") == numbers(tmp_path / "straight")
     assert_same_weights(tmp_path / "stopped", tmp_path / "straight", 6)

@@ -1,6 +1,7 @@
 """Runs from a configuration: stages in one log, exact resume, and what must not change on resume."""
 
 import json
+import textwrap
 from pathlib import Path
 
 import jax
@@ -10,7 +11,7 @@ import pytest
 from qwen_jax.config import load_config
 from qwen_jax.errors import InputError
 from qwen_jax.parallel.sharding import make_mesh
-from qwen_jax.tokenizer import train_bpe
+from qwen_jax.tokenizer import load_tokenizer, train_bpe
 from tests.helpers.data_sets import make_rows
 from tests.helpers.runs import assert_same_weights, config_file, configuration, numbers, stop_after
 from train import run
@@ -192,15 +193,32 @@ def test_the_reports_recipes(name, capsys):
 
 def test_runs_that_cannot_work_are_refused_before_anything_is_made(material, tmp_path):
     config = configuration(material, tmp_path / "run")
+    tokenizer = load_tokenizer(material / "tokenizer").fingerprint()
+    make_rows(tmp_path / "held-18", np.random.default_rng(0), 4, 18, tokenizer=tokenizer)
     for change, message in (
         ("mesh.fsdp=3", "not divisible by the fsdp axis"),
         ("mesh.data=3", "does not divide into 1 micro-batches over 3 shards"),
         ("mesh.data=16", "needs 16 devices, there are 8"),
+        # Before the steps of the first stage are taken.
+        ("stages.1.mesh.context=3", "Stage 2: Rows of 32 tokens do not divide into 6 chunks"),
+        (
+            f'stages.1.mesh.context=2 held_out={{"held": "{tmp_path / "held-18"}"}}',
+            "Stage 2, the held-out data set 'held': Rows of 18 tokens do not divide into 4 chunks",
+        ),
         ("model.vocab_size=512", "token ids up to 999"),
         ("data.a=nowhere", "nowhere"),
         ("stages.0.mixture.c=1", "names the data set 'c', which is not there"),
         ("stages.0.length=32", "has rows of 16"),
     ):
         with pytest.raises(InputError, match=message):
-            run.pretrain(set_fields(config, change))
+            run.pretrain(set_fields(config, *change.split(" ", 1)))
     assert not (tmp_path / "run").exists()
+
+
+def test_the_configuration_in_the_help_can_be_loaded(tmp_path, capsys):
+    """As a newcomer would copy it into a file."""
+    with pytest.raises(SystemExit):
+        run.main(["--help"])
+    example = capsys.readouterr().out.partition("experiments/pretrain):")[2].partition("watch it:")[0]
+    (tmp_path / "copied.py").write_text(textwrap.dedent(example.strip("\n")))
+    assert load(str(tmp_path / "copied.py")).stages[0].length == 4096

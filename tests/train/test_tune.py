@@ -144,10 +144,13 @@ def test_a_stopped_run_resumes_bit_for_bit(
         stage = dataclasses.replace(straight.stages[0], mixture={"pairs": 2, "more": "1/2"})
         data = {**straight.data, "more": str(files / "held.jsonl")}
         straight, stopped = (dataclasses.replace(run, data=data, stages=(stage,)) for run in (straight, stopped))
+    straight, stopped = (set_fields(run, "optimizer.moments=8bit") for run in (straight, stopped))
     tune.tune(straight, _Formats())
     with monkeypatch.context() as patch:
         stop_after(patch, 3)
         assert tune.tune(stopped, _Formats())
+    with pytest.raises(InputError, match="clip_norm, which was 1 and is now 2"):
+        tune.tune(set_fields(stopped, "optimizer.clip_norm=2"), _Formats())
     # What may change is told and recorded; what must not, is refused.
     faster = dataclasses.replace(stopped, stages=(dataclasses.replace(stopped.stages[0], rope_theta=1e4),))
     with pytest.raises(InputError, match="had rope_theta"):
