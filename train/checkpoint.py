@@ -476,7 +476,8 @@ def _all_but_params(state: TrainState) -> dict[str, Any]:
 def _check_same(what: str, saved: Mapping[str, Any], given: Mapping[str, Any], folder: Path) -> None:
     names = sorted(name for name in {*saved, *given} if saved.get(name) != given.get(name))
     if names:
-        difference = "; ".join(f"{name} was {saved.get(name)!r} and is now {given.get(name)!r}" for name in names)
+        before, now = ({name: repr(x[name]) if name in x else "the default" for name in names} for x in (saved, given))
+        difference = "; ".join(f"{name} was {before[name]} and is now {now[name]}" for name in names)
         raise InputError(
             f"{folder} holds a run with another {what}: {difference}. "
             "Resume with what it began with, or begin in a new folder."

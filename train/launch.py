@@ -348,7 +348,8 @@ def _identity(job: Job[B]) -> Mapping[str, Any]:
     only = next(iter(lora))
     if only is not None and job.frozen is None:
         raise InputError(
-            "LoRA trains beside frozen weights, and this run has none. Give Job.frozen, or train without it."
+            "LoRA trains beside frozen weights, and this run has none. Leave out step.lora; qwen-jax train sft --lora "
+            "tunes a model that exists. In Python, give Job.frozen."
         )
     identity, moments = job.identity, job.optimizer.adamw.moments
     if moments != "float32":

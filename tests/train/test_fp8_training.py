@@ -72,7 +72,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(
     with monkeypatch.context() as patch:
         stop_after(patch, 4)
         assert run.pretrain(config("stopped"))
-    with pytest.raises(InputError, match=f"moments was '{moments}' and is now None"):
+    with pytest.raises(InputError, match=f"moments was '{moments}' and is now the default"):
         run.pretrain(set_fields(config("stopped"), "optimizer.moments=float32"))
     if moments == "8bit":
         # They are stored in units of clip_norm.
