@@ -72,7 +72,7 @@ _COMMANDS: dict[str, tuple[str, str, str]] = {
 # May stand anywhere among the arguments of any command.
 _VERBOSE = "--verbose"
 _TERMINATED = 143  # Exit status after SIGTERM.
-_SOON = 0.01  # Seconds, in which a callback of the garbage collector ends.
+_SOON = 0.05  # Seconds, in which a callback of the garbage collector ends.
 
 
 def _name(argv: Sequence[str]) -> str | None:
@@ -186,12 +186,20 @@ def _watch_ignored_exceptions() -> None:
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     before = sys.unraisablehook
 
+    def again(error: BaseException) -> None:
+        def raise_error(*_: object) -> None:
+            raise error
+
+        # By a clock and not by a thread, which could end before this function does.
+        signal.signal(signal.SIGALRM, raise_error)
+        signal.setitimer(signal.ITIMER_REAL, _SOON)
+
     def hook(what: "sys.UnraisableHookArgs") -> None:
         error = what.exc_value
         if isinstance(error, KeyboardInterrupt):
-            threading.Timer(_SOON, signal.raise_signal, (signal.SIGINT,)).start()
+            again(KeyboardInterrupt())
         elif isinstance(error, SystemExit) and error.code == _TERMINATED:
-            threading.Timer(_SOON, signal.raise_signal, (signal.SIGTERM,)).start()
+            again(SystemExit(_TERMINATED))
         # Writes that finish after the save has been abandoned.
         elif not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
             before(what)
