@@ -597,9 +597,13 @@ def test_one_test_has_the_verdict_of_two(one: Sandbox, monkeypatch: pytest.Monke
             (first,) = one.run_tests("python", program, [Test(code=code)])
             second, third = one.run_tests("python", program, [Test(code=code)] * 2)
             for other in (second, third):
-                assert (first.outcome, first.killed_by) == (other.outcome, other.killed_by)
-                # How the end of the pipe was noticed depends on the moment.
-                assert first.reason.split(": [Errno")[0] == other.reason.split(": [Errno")[0]
+                assert first.outcome == other.outcome
+                limits = {first.killed_by, other.killed_by}
+                # Which limit an endless program meets first depends on what else the machine does.
+                assert len(limits) == 1 or limits == {"cpu", "time"}
+                if len(limits) == 1:
+                    # How the end of the pipe was noticed depends on the moment.
+                    assert first.reason.split(": [Errno")[0] == other.reason.split(": [Errno")[0]
     # A program that passes needs no check.
     checks.clear()
     assert one.run_tests("python", right, [Test(code=f"assert f({number}) == {number}")])[0].outcome is Outcome.PASS
