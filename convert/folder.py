@@ -155,10 +155,18 @@ def check_room(destination: Path, needed_bytes: int) -> None:
         )
 
 
-def _temporary(destination: Path) -> Path:
+def remove_unfinished(destination: Path) -> None:
+    """Removes what processes that were killed while they wrote a folder have left beside it."""
+    for left in destination.parent.glob(".*.tmp"):
+        if left == _temporary(destination, left.name.split(".")[-2]):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _temporary(destination: Path, process: str | int | None = None) -> Path:
+    """Where a process, by default this one, writes before the result gets its name."""
     # A name has at most 255 bytes: of a long one, the temporary name has only the beginning.
     start = os.fsdecode(os.fsencode(destination.name)[:200])
-    return destination.parent / f".{start}.{os.getpid()}.tmp"
+    return destination.parent / f".{start}.{os.getpid() if process is None else process}.tmp"
 
 
 def _sync(path: Path) -> None:

@@ -6,7 +6,6 @@ import importlib.metadata
 import logging
 import math
 import os
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +16,15 @@ import numpy as np
 
 import qwen_jax
 from convert import open_source
-from convert.folder import SIDE_FILES, check_destination, check_room, check_side_files, new_folder, write_side_files
+from convert.folder import (
+    SIDE_FILES,
+    check_destination,
+    check_room,
+    check_side_files,
+    new_folder,
+    remove_unfinished,
+    write_side_files,
+)
 from convert.huggingface import MAX_SHARD_BYTES
 from convert.names import EMBED, Leaf, leaves
 from convert.quantize.calibration import CalibrationText
@@ -137,7 +144,7 @@ def quantize(
         # All layers are in the work folder when the new folder is written.
         check_room(dst, 2 * _smallest_size(source, recipe))
     with open_work(folder, job) as work, _bar(total, progress) as advance:
-        _remove_unfinished(dst)
+        remove_unfinished(dst)
         # Layers.
         forward = None if tokens_RT is None else Forward(config, make_mesh({}, jax.devices()[:1]))
         quantizer = Quantizer(recipe, recipe.grid(stored), forward, batch, lambda: advance(1))
@@ -169,13 +176,6 @@ def _smallest_size(source: Source, recipe: Recipe) -> int:
         if not tensor.optional
     )
     return sum(min(dtype.itemsize for dtype in tensor.dtypes) * math.prod(tensor.shapes[0]) for tensor in stored)
-
-
-def _remove_unfinished(dst: Path) -> None:
-    """Removes what a run that was killed while it wrote the new folder has left beside it; see `new_folder`."""
-    for left in dst.parent.glob(".*.tmp"):
-        if left.name == f".{dst.name}.{left.name.split('.')[-2]}.tmp":
-            shutil.rmtree(left, ignore_errors=True)
 
 
 def _check_unquantized(src: str | os.PathLike[str]) -> None:

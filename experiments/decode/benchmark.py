@@ -92,9 +92,6 @@ def random_params(config: ModelConfig, mesh: jax.sharding.Mesh, sharding: Shardi
       mesh: of the devices.
       sharding: by default that of inference.
     """
-    options = Options(stacked=False)
-    sharding = sharding or Sharding.for_inference(config, mesh)
-    shapes, specs = abstract_params(config, sharding, options, jnp.bfloat16), param_specs(config, sharding, options)
 
     @functools.partial(jax.jit, static_argnames=("name", "shape", "dtype", "spec"))
     def random(i: jax.Array, name: str, shape: tuple[int, ...], dtype: Any, spec: jax.P) -> jax.Array:
@@ -106,16 +103,16 @@ def random_params(config: ModelConfig, mesh: jax.sharding.Mesh, sharding: Shardi
 
     count = iter(range(10**6))
 
-    def draw(path: Any, shape: jax.ShapeDtypeStruct, spec: jax.P) -> jax.Array:
-        return random(next(count), str(getattr(path[-1], "key", path[-1])), shape.shape, shape.dtype, spec)
+    def draw(path: Any, x: jax.ShapeDtypeStruct) -> jax.Array:
+        return random(next(count), str(getattr(path[-1], "key", path[-1])), x.shape, x.dtype, x.sharding.spec)
 
     with jax.set_mesh(mesh):
-        return jax.tree_util.tree_map_with_path(draw, shapes, specs)
+        return jax.tree_util.tree_map_with_path(draw, abstract_weights(config, mesh, sharding))
 
 
-def abstract_weights(config: ModelConfig, mesh: jax.sharding.Mesh) -> Params:
-    """Shapes and shardings of `random_params`."""
-    options, sharding = Options(stacked=False), Sharding.for_inference(config, mesh)
+def abstract_weights(config: ModelConfig, mesh: jax.sharding.Mesh, sharding: Sharding | None = None) -> Params:
+    """Shapes and shardings of `random_params`, with its arguments."""
+    options, sharding = Options(stacked=False), sharding or Sharding.for_inference(config, mesh)
 
     def placed(shape: jax.ShapeDtypeStruct, spec: jax.P) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=jax.NamedSharding(mesh, spec))

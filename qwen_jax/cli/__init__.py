@@ -196,10 +196,8 @@ def _watch_ignored_exceptions() -> None:
 
     def hook(what: "sys.UnraisableHookArgs") -> None:
         error = what.exc_value
-        if isinstance(error, KeyboardInterrupt):
-            again(KeyboardInterrupt())
-        elif isinstance(error, SystemExit) and error.code == _TERMINATED:
-            again(SystemExit(_TERMINATED))
+        if isinstance(error, KeyboardInterrupt) or (isinstance(error, SystemExit) and error.code == _TERMINATED):
+            again(error)
         # Writes that finish after the save has been abandoned.
         elif not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
             before(what)

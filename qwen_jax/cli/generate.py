@@ -15,7 +15,7 @@ import tyro
 
 from qwen_jax.cli.common import ModelOption, ModelPosition, Texts, given, model_name
 from qwen_jax.cli.failures import complain, explain
-from qwen_jax.cli.lines import read_lines, read_text
+from qwen_jax.cli.lines import check_file, read_lines, read_text
 from qwen_jax.cli.model import IdLists, Model, Running, Sampling, parse_ids
 from qwen_jax.errors import InputError
 from qwen_jax.files import to_json
@@ -219,8 +219,7 @@ def _bytes_of_file(name: str, what: str) -> bytes:
     if name == "-":
         return sys.stdin.buffer.read()
     path = Path(name)
-    if not path.is_file():
-        raise InputError(f"The {what} file {path} {'is a folder' if path.is_dir() else 'does not exist'}.")
+    check_file(path, what)
     return path.read_bytes()
 
 

@@ -2,8 +2,16 @@
 
 import codecs
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 from qwen_jax.cli.common import utf8
+from qwen_jax.errors import InputError
+
+
+def check_file(path: Path, what: str) -> None:
+    """Raises InputError if there is no such file; `what` it is, such as "prompt"."""
+    if not path.is_file():
+        raise InputError(f"The {what} file {path} {'is a folder' if path.is_dir() else 'does not exist'}.")
 
 
 def read_lines(lines: Iterable[bytes], name: str) -> Iterator[str]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from qwen_jax.cli.common import ModelOption, ModelPosition, given, model_name
-from qwen_jax.cli.lines import read_text
+from qwen_jax.cli.lines import check_file, read_text
 from qwen_jax.cli.model import Model, Running, Sampling
 from qwen_jax.errors import InputError
 from qwen_jax.files import to_json
@@ -55,8 +55,7 @@ class Tune:
         if self.text is None:
             raise InputError("Give a long text with --text FILE.")
         path = Path(self.text)
-        if not path.is_file():
-            raise InputError(f"The text file {path} {'is a folder' if path.is_dir() else 'does not exist'}.")
+        check_file(path, "text")
         if Path(self.output).exists():
             raise InputError(f"{self.output} exists. Remove it, or give another --output.")
         if not Path(self.output).parent.is_dir():

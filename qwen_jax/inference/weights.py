@@ -1,6 +1,7 @@
 """The inference layout of the weights: one buffer for each layer, projections fused."""
 
 import functools
+import itertools
 from collections.abc import Callable
 
 import jax
@@ -181,18 +182,16 @@ def _joined(parts: list[jax.Array]) -> jax.Array:
     In a program that joins the arrays of many layers, XLA's compiler for GPUs makes one kernel of such choices, at the
     bandwidth of a copy. Each concatenation would be a kernel of its own, at half of it.
     """
-    total, begin = sum(x.shape[1] for x in parts), 0
-    result: jax.Array | None = None
-    for x in parts:
-        end = begin + x.shape[1]
-        padded = jnp.pad(x, ((0, 0), (begin, total - end), *((0, 0),) * (x.ndim - 2)))
-        if result is None:
-            result = padded
-        else:
-            places = jnp.arange(total).reshape(1, -1, *(1,) * (x.ndim - 2))
-            result = jnp.where(places < begin, result, padded)
-        begin = end
-    assert result is not None
+    ends = [0, *itertools.accumulate(x.shape[1] for x in parts)]
+    others = parts[0].ndim - 2
+    places = jnp.arange(ends[-1]).reshape(1, -1, *(1,) * others)
+    padded = [
+        jnp.pad(x, ((0, 0), (begin, ends[-1] - end), *((0, 0),) * others))
+        for x, (begin, end) in zip(parts, itertools.pairwise(ends), strict=True)
+    ]
+    result = padded[0]
+    for begin, x in zip(ends[1:], padded[1:], strict=False):
+        result = jnp.where(places < begin, result, x)
     return result
 
 

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from qwen_jax import platform
 from qwen_jax.kernels.matmul.grouped import module_of
+from qwen_jax.kernels.matmul.quantized import codes_needs
 from qwen_jax.kernels.matmul.quantized_grouped import MAX_ROWS, QuantizedMatrices
 from qwen_jax.kernels.select import Candidate, select, unmet
 from qwen_jax.kernels.without_gradient import without_gradient
@@ -46,10 +47,6 @@ def select_grouped_codes(
         "inputs in their own order (without desc_act)": matrices.order is None,
     }
     narrow = {"bfloat16 rows": jnp.dtype(dtype) == jnp.bfloat16}
-    gpu = {
-        "a Hopper GPU": platform.on_hopper(),
-        "outputs that are multiples of 64, inputs of 128": N % 64 == 0 and K % 128 == 0,
-    }
     tpu = {"a TPU": on == "tpu", "sizes that are multiples of 128": N % 128 == 0 and K % 128 == 0}
     if on == "tpu":
         from qwen_jax.kernels.tpu.device import multiplies_codes
@@ -57,7 +54,7 @@ def select_grouped_codes(
         tpu[f"a TPU that multiplies {codes}"] = multiplies_codes(codes)
     many = rows > MAX_ROWS
     candidates = [
-        Candidate("gpu", unmet(gpu | narrow | scaled), automatic=many),
+        Candidate("gpu", unmet(codes_needs(N, K) | narrow | scaled), automatic=many),
         Candidate("tpu", unmet(tpu | narrow | scaled), automatic=many),
         Candidate("tiles", unmet(scaled), automatic=on == "cpu"),
         Candidate("wide"),

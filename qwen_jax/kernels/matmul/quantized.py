@@ -57,6 +57,14 @@ def dequantize(
     return values.reshape(weight.shape)
 
 
+def codes_needs(outputs: int, inputs: int) -> dict[str, bool]:
+    """What multiplying codes by codes on Hopper GPUs needs: the device, and sizes of a matrix; for `unmet`."""
+    return {
+        "a Hopper GPU": platform.on_hopper(),
+        "outputs that are multiples of 64, inputs of 128": outputs % 64 == 0 and inputs % 128 == 0,
+    }
+
+
 def select_quantized(
     implementation: str,
     x: Abstract,
@@ -86,12 +94,10 @@ def select_quantized(
         "no zero points or minima": not offset,
     }
     w8a8 = Candidate("w8a8", unmet(needs), automatic=rounded)
-    N, K = weight.shape
     needs |= {
-        "a Hopper GPU": platform.on_hopper(),
         "bfloat16 rows": jnp.dtype(x.dtype) == jnp.bfloat16,
-        "outputs that are multiples of 64, inputs of 128": N % 64 == 0 and K % 128 == 0,
         "inputs that are not sharded": not sharded,
+        **codes_needs(*weight.shape),
     }
     codes = Candidate("codes", unmet(needs), automatic=rounded and x.shape[0] > _MAX_GPU_ROWS)
     needs = {"a Hopper GPU": platform.on_hopper()}
