@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
 from qwen_jax.kernels.einsum import einsum_f32
-from qwen_jax.kernels.matmul import few_rows, fp8
+from qwen_jax.kernels.matmul import few_rows, low_precision
 from qwen_jax.lora import LoRA
 from qwen_jax.parallel.collectives import all_gather_weight, look_up
 from qwen_jax.parallel.sharding import Sharding, gathered, mesh_axes
@@ -64,10 +64,10 @@ class Linear(Weight):
     dimensions and their sharding, B its output dimensions. With several adapters (`add_adapters`), A and B are those of
     all of them, and a mask keeps the elements of x A^T that belong to a row's own adapter.
 
-    `products` is how x and the weight are multiplied in training; see `qwen_jax.kernels.matmul.fp8`.
+    `products` is how x and the weight are multiplied in training; see `qwen_jax.kernels.matmul.low_precision`.
     """
 
-    products: fp8.Products = "bfloat16"
+    products: low_precision.Products = "bfloat16"
 
     def __init__(
         self,
@@ -188,7 +188,7 @@ class Linear(Weight):
         """
         einsum, spec = self.einsum, self.w
         if self.products != "bfloat16":
-            return LocalProduct(self.weight[...].astype(x.dtype), spec, self._fp8_product, by_kernel=False)
+            return LocalProduct(self.weight[...].astype(x.dtype), spec, self._low_precision_product, by_kernel=False)
         by_kernel = few_rows.supports(*self._rows(x), x.dtype, *self._local_sizes())
 
         def multiply(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -197,13 +197,13 @@ class Linear(Weight):
 
         return LocalProduct(self.weight[...].astype(x.dtype), spec, multiply, by_kernel)
 
-    def _fp8_product(self, x: jax.Array, w: jax.Array) -> jax.Array:
-        """The product of one device's shards with operands rounded to 8-bit floats."""
+    def _low_precision_product(self, x: jax.Array, w: jax.Array) -> jax.Array:
+        """The product of one device's shards with operands rounded to 8 bits."""
         outputs = len(self.out) - 2
         axes = mesh_axes(self.x), mesh_axes(self.w), mesh_axes(self.out)
-        layout = fp8.Layout(*axes, gathered=0 if self.w.index("fsdp") < outputs else 1)
+        layout = low_precision.Layout(*axes, gathered=0 if self.w.index("fsdp") < outputs else 1)
         x_BTK, w_NK = x.reshape(*x.shape[:2], -1), w.reshape(math.prod(w.shape[:outputs]), -1)
-        y_BTN = fp8.matmul(x_BTK, w_NK, self.products, layout)
+        y_BTN = low_precision.matmul(x_BTK, w_NK, self.products, layout)
         # Of several output dimensions, `fsdp` shards none.
         return y_BTN.reshape(*x.shape[:2], -1, *w.shape[1:outputs])
 
@@ -253,15 +253,15 @@ def add_adapters(module: nnx.Module, adapter_ranks: tuple[tuple[str, int], ...])
             linear.add_adapters(ranks)
 
 
-def set_products(module: nnx.Module, products: fp8.Products) -> None:
+def set_products(module: nnx.Module, products: low_precision.Products) -> None:
     """Sets how the projections of a module are multiplied in training.
 
     Args:
       module: holds `Linear`s.
-      products: see `qwen_jax.kernels.matmul.fp8`.
+      products: see `qwen_jax.kernels.matmul.low_precision`.
 
     Raises:
-      InputError: products of fp8 with quantised weights.
+      InputError: products of 8 bits with quantised weights.
     """
     for linear in vars(module).values() if products != "bfloat16" else ():
         if isinstance(linear, Linear):

@@ -3,8 +3,8 @@
 import dataclasses
 
 from qwen_jax import kernels
-from qwen_jax.kernels.matmul.fp8 import Products
 from qwen_jax.kernels.matmul.grouped import Implementation as Grouped
+from qwen_jax.kernels.matmul.low_precision import Products
 from qwen_jax.lora import LoRA
 from qwen_jax.moe.exchange import ExpertExchange
 
@@ -18,7 +18,7 @@ class Options:
         one after the other (inference).
       fused: the inference layout of the projections; see `qwen_jax.inference.weights.fuse`.
       dtype: compute dtype.
-      products: how projections are multiplied in training; see `qwen_jax.kernels.matmul.fp8`.
+      products: how projections are multiplied in training; see `qwen_jax.kernels.matmul.low_precision`.
       attention: attention kernel; see `kernels.attention`.
       ring: on a context axis, keys and values travel around the devices instead of being gathered; see
         `qwen_jax.attention.sequence`.
@@ -52,6 +52,8 @@ class Options:
         if self.fused and self.lora is not None:
             raise ValueError("The fused layout has no LoRA. Merge the adapter into the weights first.")
         if self.products != "bfloat16" and (self.fused or self.lora is not None):
-            raise ValueError("Products of fp8 are for training whole weights: not for the fused layout, nor with LoRA.")
+            raise ValueError(
+                "Products of 8 bits are for training whole weights: not for the fused layout, nor with LoRA."
+            )
         if self.adapter_ranks and not self.fused:
             raise ValueError("Only the fused layout has adapters for each row.")

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from qwen_jax.config import DTYPES
 from qwen_jax.errors import InputError
 from qwen_jax.kernels import COVERAGE, Implementation
-from qwen_jax.kernels.matmul import fp8
+from qwen_jax.kernels.matmul import low_precision
 from qwen_jax.lora import LoRA, with_dropout
 from qwen_jax.options import Options
 from qwen_jax.parallel.sharding import Sharding
@@ -60,12 +60,12 @@ class StepConfig:
         whose loss or gradient is not finite.
       lora: the model has LoRA, whose parameters are trained beside frozen ones; see `qwen_jax.lora`.
       products: how the projections of attention, of feed-forward layers and of shared experts are multiplied:
-        "bfloat16", in the compute dtype; or "fp8" and "fp8-blocks", with operands rounded to 8-bit floats, in training
-        and evaluation. See `qwen_jax.kernels.matmul.fp8`.
+        "bfloat16", in the compute dtype; or "fp8", "fp8-blocks" and "int8", with operands rounded to 8 bits, in
+        training and evaluation. See `qwen_jax.kernels.matmul.low_precision`.
 
     Raises:
-      InputError: an unknown dtype or way to multiply, a value out of range, products of fp8 in float16 or with LoRA, or
-        a kernel that cannot be used with `ring`.
+      InputError: an unknown dtype or way to multiply, a value out of range, products of 8 bits in float16 or with LoRA,
+        or a kernel that cannot be used with `ring`.
     """
 
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
@@ -76,15 +76,17 @@ class StepConfig:
     ring: bool = False
     spike_factor: float = 0.0
     lora: LoRA | None = None
-    products: fp8.Products = "bfloat16"
+    products: low_precision.Products = "bfloat16"
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}.")
-        if self.products not in get_args(fp8.Products):
-            raise InputError(f"products must be one of {', '.join(get_args(fp8.Products))}, got {self.products!r}.")
+        if self.products not in get_args(low_precision.Products):
+            raise InputError(
+                f"products must be one of {', '.join(get_args(low_precision.Products))}, got {self.products!r}."
+            )
         if self.products != "bfloat16" and self.dtype == "float16":
-            raise InputError(f"products={self.products!r} overflow in float16. Use dtype='bfloat16'.")
+            raise InputError(f"products={self.products!r} may overflow in float16. Use dtype='bfloat16'.")
         if self.products != "bfloat16" and self.lora is not None:
             raise InputError(
                 f"products={self.products!r} are for training whole weights, and LoRA keeps the products of its base. "
@@ -395,9 +397,9 @@ def make_train_step(
 
 def _compiler_options(config: StepConfig, mesh: Mesh) -> dict[str, bool]:
     """Options of XLA that the products of a configuration need, after a check that the devices have these products."""
-    fp8.check_devices(config.products, mesh.devices.flat)
+    low_precision.check_devices(config.products, mesh)
     on_gpu = mesh.devices.flat[0].platform == "gpu"
-    return fp8.COMPILER_OPTIONS if config.products == "fp8" and on_gpu else {}
+    return low_precision.COMPILER_OPTIONS if config.products == "fp8" and on_gpu else {}
 
 
 def make_eval_step(objective: Objective[B, S, C], config: StepConfig, mesh: Mesh) -> EvalStep[B]:

@@ -45,7 +45,7 @@ from experiments.train import plain_step
 from experiments.train.kernels import print_kernels
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
-from qwen_jax.kernels.matmul.fp8 import Products
+from qwen_jax.kernels.matmul.low_precision import Products
 from qwen_jax.parallel.sharding import make_mesh, parse_mesh
 from qwen_jax.published import published
 from train.data.batch import Batch, place

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from qwen_jax import platform
-from qwen_jax.kernels.matmul.fp8 import Products
+from qwen_jax.kernels.matmul.low_precision import Products
 from qwen_jax.parallel.sharding import Sharding, make_mesh
 from qwen_jax.published import published
 from train.data.batch import Batch

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from experiments.learning import compare, data, fp8, small
+from experiments.learning import compare, data, low_precision, small
 from experiments.moe import learning
 from qwen_jax.errors import InputError
 from qwen_jax.published import published
@@ -130,10 +130,10 @@ def test_the_verdict_on_mixtures_is_the_stated_rule(tmp_path, gain, expected):
     assert (tmp_path / "learning.png").read_bytes().startswith(b"\x89PNG")
 
 
-# Products of fp8
+# Products of 8 bits
 
 
-def test_fp8_learns_and_is_judged(tmp_path):
+def test_low_precision_learns_and_is_judged(tmp_path):
     """The whole experiment at its tiny size, one seed: text, runs, a table without a verdict, and a picture."""
     source = tmp_path / "source"
     source.mkdir()
@@ -141,27 +141,31 @@ def test_fp8_learns_and_is_judged(tmp_path):
     words = ["".join(rng.choice(list("abcdefghijklmnop"), 6)) for _ in range(400)]
     for i in range(40):
         (source / f"{i}.txt").write_text(" ".join(rng.choice(words, 300)))
-    data.make(tmp_path, 1, [str(source)], 1, fp8.TINY_VOCABULARY, fp8.TINY_LENGTH)
+    data.make(tmp_path, 1, [str(source)], 1, low_precision.TINY_VOCABULARY, low_precision.TINY_LENGTH)
     with pytest.raises(InputError, match="has a run of bfloat16 and of each other kind"):
-        fp8.judge(tmp_path)
-    fp8.run(tmp_path, list(fp8.KINDS), [13], steps=8, size="tiny", changes=[], limit=300)
-    result = fp8.judge(tmp_path)
+        low_precision.judge(tmp_path)
+    low_precision.run(tmp_path, list(low_precision.KINDS), [13], steps=8, size="tiny", changes=[], limit=300)
+    result = low_precision.judge(tmp_path)
     assert result["steps"] == 8
-    assert result["skipped_steps"] == dict.fromkeys(fp8.KINDS, 0)
+    assert result["skipped_steps"] == dict.fromkeys(low_precision.KINDS, 0)
     print(result["final_held_out_loss"])
     losses = [of[13] for of in result["final_held_out_loss"].values()]
     assert len(set(losses)) > 1, "rounding changes the losses"
-    assert max(losses) < np.log(fp8.TINY_VOCABULARY)
+    assert max(losses) < np.log(low_precision.TINY_VOCABULARY)
     assert result["fp8_minus_bfloat16"]["within_noise"] is None
-    assert json.loads((tmp_path / "fp8.json").read_text())["data"]["vocab_size"] == fp8.TINY_VOCABULARY
-    assert (tmp_path / "fp8.png").read_bytes().startswith(b"\x89PNG")
+    assert (
+        json.loads((tmp_path / "low_precision.json").read_text())["data"]["vocab_size"] == low_precision.TINY_VOCABULARY
+    )
+    assert (tmp_path / "low_precision.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(("gap", "within"), [(0.019, True), (0.021, False), (-0.5, True)])
-def test_the_verdict_on_fp8_is_the_stated_rule(gap, within):
+def test_the_verdict_on_low_precision_is_the_stated_rule(gap, within):
     """Three seeds 0.02 apart deviate by 0.02; only more loss than that is out of the noise."""
     base = {seed: 3 + 0.02 * seed for seed in range(3)}
-    result = fp8.verdict({kind: {s: loss + gap * (kind == "fp8") for s, loss in base.items()} for kind in fp8.COLORS})
+    result = low_precision.verdict(
+        {kind: {s: loss + gap * (kind == "fp8") for s, loss in base.items()} for kind in low_precision.COLORS}
+    )
     np.testing.assert_allclose(
         [result["seed_deviation_of_bfloat16"], result["fp8_minus_bfloat16"]["mean"]], [0.02, gap]
     )

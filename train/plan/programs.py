@@ -59,9 +59,9 @@ def _count_flops(jaxpr: Jaxpr | ClosedJaxpr, counts: Callable[[np.dtype], bool])
     return total
 
 
-def is_float8(dtype: np.dtype) -> bool:
-    """Whether a dtype is one of float8."""
-    return dtype.name.startswith("float8")
+def is_8_bit(dtype: np.dtype) -> bool:
+    """Whether a dtype is that of rounded operands: int8, or one of float8."""
+    return dtype.itemsize == 1
 
 
 def kept_for_backward(jaxpr: Jaxpr | ClosedJaxpr, devices: int) -> int:

@@ -23,7 +23,7 @@ from qwen_jax.parallel.sharding import Sharding
 from qwen_jax.params import Params
 from train.observe.metrics import flops_per_token
 from train.plan.of_run import RunStage
-from train.plan.programs import collectives, count_flops, is_float8, kept_for_backward
+from train.plan.programs import collectives, count_flops, is_8_bit, kept_for_backward
 from train.plan.topology import Target, mesh_of
 from train.state import TrainState, abstract_state
 from train.step import TrainStep, check_divides, make_train_step
@@ -47,7 +47,7 @@ class Plan:
       activations_bytes: part of `hbm_bytes`: what scans keep for the backward pass.
       temporary_bytes: part of `hbm_bytes`: everything else that exists within the step.
       flops_per_step: FLOPs on all devices, with recomputation.
-      float8_flops_per_step: part of `flops_per_step`: of products in float8.
+      low_precision_flops_per_step: part of `flops_per_step`: of products of 8 bits.
       model_flops_per_step: FLOPs without recomputation, by the formula of docs/training.md.
       collective_bytes: bytes that one device sends in a step, by kind of collective.
       dcn_bytes: the part of `collective_bytes` that leaves a slice.
@@ -74,7 +74,7 @@ class Plan:
     activations_bytes: int = 0
     temporary_bytes: int = 0
     flops_per_step: float = 0.0
-    float8_flops_per_step: float = 0.0
+    low_precision_flops_per_step: float = 0.0
     model_flops_per_step: float = 0.0
     collective_bytes: dict[str, float] = dataclasses.field(default_factory=dict)
     dcn_bytes: float = 0.0
@@ -125,12 +125,13 @@ def plan_step(
     with jax.set_mesh(mesh):
         traced = step.trace(state, batch, frozen)  # type: ignore[attr-defined]
         lowered = traced.lower(lowering_platforms=(platform,))
-    flops, float8 = count_flops(traced.jaxpr), count_flops(traced.jaxpr, is_float8)
+    flops, narrow = count_flops(traced.jaxpr), count_flops(traced.jaxpr, is_8_bit)
     kept = kept_for_backward(traced.jaxpr, devices)
     known: dict[str, Any] = dict(
         topology=where.topology, num_slices=where.num_slices, devices=devices, mesh=sizes, options=dict(options or {}),
         hbm_limit_bytes=chip.hbm_bytes, weights_bytes=weights, moments_bytes=moments, frozen_bytes=fixed,
-        activations_bytes=kept, flops_per_step=flops, float8_flops_per_step=float8, model_flops_per_step=model_flops,
+        activations_bytes=kept, flops_per_step=flops, low_precision_flops_per_step=narrow,
+        model_flops_per_step=model_flops,
     )  # fmt: skip
     least = weights + moments + fixed + kept
     if least > chip.hbm_bytes and not always_compile:
@@ -157,7 +158,7 @@ def plan_step(
         by_kind[c.kind] += c.bytes * c.times
     dcn = sum(c.bytes * c.times for c in found if c.crosses_slices)
     # Lower bounds of the time. The state is read and written at least once.
-    compute = ((flops - float8) / chip.flops + float8 / (chip.float8_flops or chip.flops)) / devices
+    compute = ((flops - narrow) / chip.flops + narrow / (chip.low_precision_flops or chip.flops)) / devices
     bandwidth = (arguments + memory.output_size_in_bytes) / chip.hbm_bandwidth
     network = max((sum(by_kind.values()) - dcn) / chip.ici_bandwidth, dcn / chip.dcn_bandwidth)
     bound = max(compute, bandwidth, network)

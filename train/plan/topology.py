@@ -34,7 +34,8 @@ class Chip:
       hbm_bandwidth: memory bandwidth in bytes/s.
       ici_bandwidth: bytes/s that a chip can send to its neighbours over all links together.
       dcn_bandwidth: bytes/s that a chip can send to another slice: its share of the host's network.
-      float8_flops: peak float8 FLOP/s, of chips for which the training step has such products; otherwise 0.
+      low_precision_flops: peak FLOP/s of int8 or float8, of chips on which the training step has such products;
+        otherwise 0.
     """
 
     name: str
@@ -43,7 +44,7 @@ class Chip:
     hbm_bandwidth: float
     ici_bandwidth: float
     dcn_bandwidth: float
-    float8_flops: float = 0.0
+    low_precision_flops: float = 0.0
 
 
 # Peak, memory bandwidth and networks are from the pages of docs.cloud.google.com/tpu on each generation. Those of v4
@@ -53,10 +54,10 @@ CHIPS = {
     chip.name: chip
     for chip in (
         Chip("v4", int(30.75 * GiB), 275e12, 1.2e12, 300e9, 3.1e9),
-        Chip("v5e", int(15.75 * GiB), 197e12, 819e9, 200e9, 3.1e9),
-        Chip("v5p", int(95.74 * GiB), 459e12, 2.765e12, 600e9, 3.1e9),
-        Chip("v6e", int(31.25 * GiB), 918e12, 1.64e12, 400e9, 12.5e9),
-        Chip("7x", int(189.5 * GiB), 2307e12, 7.38e12, 600e9, 12.5e9),
+        Chip("v5e", int(15.75 * GiB), 197e12, 819e9, 200e9, 3.1e9, 394e12),
+        Chip("v5p", int(95.74 * GiB), 459e12, 2.765e12, 600e9, 3.1e9, 918e12),
+        Chip("v6e", int(31.25 * GiB), 918e12, 1.64e12, 400e9, 12.5e9, 1836e12),
+        Chip("7x", int(189.5 * GiB), 2307e12, 7.38e12, 600e9, 12.5e9, 4614e12),
     )
 }
 # Names of the chips by `device_kind`.

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from experiments.moe import cycles
+from experiments.train import cycles
 from qwen_jax.config import ModelConfig, MoE
 from qwen_jax.errors import InputError
+from qwen_jax.kernels.matmul.low_precision import Products
 from qwen_jax.moe.further_rounds import FURTHER_ROUNDS
 from qwen_jax.parallel.sharding import AXES
 from tests.helpers.steps import abstract_step
@@ -155,6 +156,30 @@ def test_cycles_of_a_layer_are_those_of_its_loops(monkeypatch: pytest.MonkeyPatc
     text = cycles.program("small", "v5p:2x2x1", {"fsdp": 2, "expert": 2}, 4, 512)
     found = {(loop["loop"], loop["pass"]): loop["million_cycles"] for loop in cycles.loops(text, least=1.0)}
     assert 0 < found["layers", "forward"] < found["layers", "backward"]
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("topology", "devices", "products", "x", "dy"),
+    [("v5e:2x2", 4, "int8", "s8", "s8"), ("7x:2x2x1", 8, "fp8", "f8e4m3fn", "f8e5m2")],
+)
+def test_compiled_for_tpus_projections_multiply_8_bits(
+    topology: str, devices: int, products: Products, x: str, dy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All products of projections, but for the gradient of a weight with int8, which multiplies codes by bfloat16."""
+    small = ModelConfig(
+        vocab_size=512, hidden_size=256, intermediate_size=512, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=128,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    monkeypatch.setattr(cycles, "published", lambda name: small)
+    text = cycles.program("small", topology, {"fsdp": devices}, devices, 512, products)
+    dtypes = {match[1]: match[2] for match in re.finditer(r"(%[\w.\-]+) = (\w+)\[", text)}
+    found = {
+        (dtypes[match[1]], dtypes[match[2]])
+        for match in re.finditer(r" convolution\((%[\w.\-]+), (%[\w.\-]+)\).*?op_name=\"(.*?)\"", text)
+        if re.search("/(qkv|o|mlp)/", match[3])
+    }
+    assert found == {(x, x), (dy, x), ("bf16" if products == "int8" else dy, x)}
 
 
 @needs_libtpu

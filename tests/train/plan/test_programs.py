@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from qwen_jax.parallel.sharding import make_mesh
 from tests.helpers.platforms import as_if_on
 from tests.helpers.steps import abstract_step
-from train.plan.programs import collectives, count_flops, is_float8
+from train.plan.programs import collectives, count_flops, is_8_bit
 
 # The parts of an optimised module that matter: a loop of 28 rounds, begun at 1, with a gather in it (two pieces of one
 # chain) and a sum of which each device keeps a part; sums and a scatter outside. Channels tell nothing.
@@ -101,7 +101,7 @@ def test_flops_of_loops_branches_and_shards() -> None:
 
 
 def test_kernels_count_by_the_dtype_of_their_result() -> None:
-    """A kernel of attention is not of float8, whatever the projections are."""
+    """A kernel of attention is not of 8 bits, whatever the projections are."""
 
     def kernel(dtype: jax.typing.DTypeLike) -> float:
         call = pl.pallas_call(
@@ -111,10 +111,10 @@ def test_kernels_count_by_the_dtype_of_their_result() -> None:
         )
         traced = jax.jit(call).trace(jax.ShapeDtypeStruct((8, 128), jnp.bfloat16))
         assert count_flops(traced.jaxpr) == 1000
-        return count_flops(traced.jaxpr, is_float8)
+        return count_flops(traced.jaxpr, is_8_bit)
 
     assert kernel(jnp.bfloat16) == 0
-    assert kernel(jnp.float8_e4m3fn) == 1000
+    assert kernel(jnp.float8_e4m3fn) == kernel(jnp.int8) == 1000
 
 
 @pytest.mark.parametrize(("remat", "passes"), [("none", 3), ("full", 4)])
@@ -137,16 +137,16 @@ def test_flops_of_a_step_are_those_of_the_formula(remat: str, passes: int) -> No
 
 
 @pytest.mark.parametrize(("axes", "remat"), [({"fsdp": 2, "tensor": 2}, "dots"), ({"data": 2, "context": 2}, "none")])
-def test_flops_in_float8_are_those_of_projections(axes: dict[str, int], remat: str) -> None:
+def test_flops_of_8_bits_are_those_of_projections(axes: dict[str, int], remat: str) -> None:
     """Forward, and twice that backward; "dots" traces the forward products again, which nothing uses.
 
-    No other product is in float8, and in blocks none is.
+    No other product has such operands. In blocks none has; with int8 the gradients of weights have not.
     """
-    for products, passes_in_float8 in (("fp8", 3), ("fp8-blocks", 0)):
+    for products, passes in (("fp8", 3), ("fp8-blocks", 0), ("int8", 2)):
         config, mesh, step, state, batch = abstract_step(axes, remat, products=products, num_layers=2)
         with jax.set_mesh(mesh), as_if_on("GPU"):
-            float8 = count_flops(step.trace(state, batch).jaxpr, is_float8)
+            found = count_flops(step.trace(state, batch).jaxpr, is_8_bit)
         model = config.model
         layer = model.num_params()["layers"] / model.num_layers
         biases_and_norms = 2 * model.hidden_size + (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
-        assert float8 == passes_in_float8 * 2 * 8 * 64 * (layer - biases_and_norms) * model.num_layers
+        assert found == passes * 2 * 8 * 64 * (layer - biases_and_norms) * model.num_layers

@@ -1,7 +1,8 @@
-"""What the TPU compiler expects a layer with experts to take beside its grouped products and its exchanges.
+"""What the TPU compiler expects a layer to take beside our kernels and the collectives.
 
-    python -m experiments.moe.cycles
-    python -m experiments.moe.cycles --model fine-91b-a4.9b --topology v6e:8x16 --mesh fsdp=16 expert=8
+    python -m experiments.train.cycles
+    python -m experiments.train.cycles --model fine-91b-a4.9b --topology v6e:8x16 --mesh fsdp=16 expert=8
+    python -m experiments.train.cycles --model qwen2.5-7b --topology v5e:4x4 --mesh fsdp=16 --rows 32 --products int8
 
 Compiles a training step of two layers for a pod that need not be there, and adds up the cycles that the compiler writes
 beside its instructions (`estimated_cycles`), one JSON line for each loop. Kernels of ours and collectives have no such
@@ -13,12 +14,13 @@ import dataclasses
 import json
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
+from qwen_jax.kernels.matmul.low_precision import Products
 from qwen_jax.parallel.sharding import Sharding
 from qwen_jax.published import published
 from train.data.batch import Batch
@@ -32,7 +34,9 @@ from train.step import StepConfig, make_train_step
 _LARGEST = 6
 
 
-def program(model: str, topology: str, axes: dict[str, int], rows: int, length: int) -> str:
+def program(
+    model: str, topology: str, axes: dict[str, int], rows: int, length: int, products: Products = "bfloat16"
+) -> str:
     """Text of the optimised module of a step of two layers, bfloat16, all recomputed."""
     two = dataclasses.replace(published(model), num_layers=2)
     optimizer = OptimizerConfig(Schedule(1000))
@@ -43,7 +47,7 @@ def program(model: str, topology: str, axes: dict[str, int], rows: int, length: 
     )
     state, batch = abstract_state(two, optimizer, mesh), Batch(ints, ints, ints, floats)
     with jax.set_mesh(mesh):
-        step = make_train_step(NextToken(two), optimizer, StepConfig(remat="full"), mesh)
+        step = make_train_step(NextToken(two), optimizer, StepConfig(remat="full", products=products), mesh)
         traced = step.trace(state, batch)  # type: ignore[attr-defined]
         text: str = traced.lower(lowering_platforms=("tpu",)).compile().as_text()
     return text
@@ -77,7 +81,7 @@ def loops(hlo: str, least: float = 1e6) -> Iterator[dict[str, Any]]:
             continue
         text = "\n".join(bodies[name])
         yield {
-            "loop": "layers" if "/moe/" in text else "loss" if "cross_entropy" in text else name,
+            "loop": "layers" if "/moe/" in text or "/mlp/" in text else "loss" if "cross_entropy" in text else name,
             # Either has something of the other: a constant, or what is made again.
             "pass": "backward" if text.count("transpose(jvp") > text.count("/jvp(") else "forward",
             "million_cycles": round(total / 1e6, 1),
@@ -95,9 +99,10 @@ def main() -> None:
     parser.add_argument("--mesh", nargs="+", default=["fsdp=16", "expert=8"], metavar="AXIS=SIZE")
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--length", type=int, default=4096)
+    parser.add_argument("--products", choices=get_args(Products), default="bfloat16")
     args = parser.parse_args()
     axes = {axis: int(size) for axis, size in (part.split("=") for part in args.mesh)}
-    for found in loops(program(args.model, args.topology, axes, args.rows, args.length)):
+    for found in loops(program(args.model, args.topology, axes, args.rows, args.length, args.products)):
         print(json.dumps(found))
 
 

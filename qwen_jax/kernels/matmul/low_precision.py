@@ -1,22 +1,29 @@
-"""Matrix products of training whose operands are rounded to 8-bit floats.
+"""Matrix products of training whose operands are rounded to 8 bits.
 
-The forward product rounds activations and weights to float8_e4m3fn. Both products of the backward pass round the
-incoming gradient to float8_e5m2, which has more exponents and fewer digits, and use activations and weights in
-float8_e4m3fn (Micikevicius et al. 2022, arXiv:2209.05433). Before it is rounded, an operand is multiplied by a power of
-two, which is exact, such that its largest magnitude comes close to the largest float8. The factor is computed from the
-operand itself, in each step anew:
+| products     | operands                                         | one factor for each                           |
+|--------------|--------------------------------------------------|-----------------------------------------------|
+| "fp8"        | float8_e4m3fn; incoming gradients in float8_e5m2 | tensor, over all devices                      |
+| "fp8-blocks" | the same                                         | 128 elements of a token or, for the gradient  |
+|              |                                                  | of a weight, of a channel; 128 x 128 of a     |
+|              |                                                  | weight                                        |
+| "int8"       | int8, but not for the gradient of a weight       | token; output of a weight                     |
 
-| products     | one factor for each                                                                                  |
-|--------------|------------------------------------------------------------------------------------------------------|
-| "fp8"        | tensor, over all devices                                                                             |
-| "fp8-blocks" | 128 elements of a token or, for the gradient of the weight, of a channel; 128 x 128 of a weight      |
+With fp8, all three products of a projection have rounded operands (Micikevicius et al. 2022, arXiv:2209.05433):
+float8_e5m2 has more exponents and fewer digits than float8_e4m3fn. Before it is rounded, an operand is multiplied by a
+power of two, which is exact, such that its largest magnitude comes close to the largest float8. The factor is computed
+from the operand itself, in each step anew. The blocks are those of DeepSeek-V3 (arXiv:2412.19437, section 3.3). They
+begin at the edge of a device's shard.
 
-The blocks are those of DeepSeek-V3 (arXiv:2412.19437, section 3.3). They begin at the edge of a device's shard.
+With int8, the forward product and the gradient with respect to the activations are as in SwitchBack (Wortsman et al.
+2023, arXiv:2304.13013), here with one factor for each output of a weight. The gradient with respect to the weight sums
+over tokens, whose gradients differ by orders of magnitude: it multiplies in the compute dtype. A factor makes the
+largest magnitude 127. On a mesh a row is a device's part of a row.
 
-On a GPU, XLA computes the products of "fp8" by cuBLASLt in float8. The forward product uses its fast accumulation, in
+On GPUs, XLA computes the products of "fp8" by cuBLASLt in float8. The forward product uses its fast accumulation, in
 which Hopper's tensor cores keep some 14 bits of a sum (DeepSeek-V3, section 3.3.2); those of the backward pass move
-partial sums to float32 at short intervals. No kernel multiplies blocks: "fp8-blocks" rounds the operands and multiplies
-them in the compute dtype. It has the numbers of fp8 and not its speed.
+partial sums to float32 at short intervals. On TPUs, XLA's products use the matrix unit's float8 (from 7x on) and int8
+(v5e to v6e). No kernel multiplies blocks: "fp8-blocks" rounds the operands and multiplies them in the compute dtype. It
+has the numbers of fp8 and not its speed.
 
 Gradients ignore the rounding: they are those of the plain product, at rounded operands.
 """
@@ -26,19 +33,22 @@ import functools
 import logging
 import math
 import re
-from collections.abc import Iterable, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh
 
 from qwen_jax import platform
 from qwen_jax.errors import InputError
+from qwen_jax.kernels.matmul.quantized import quantize_rows
 from qwen_jax.kernels.select import log_once
+from qwen_jax.kernels.tpu.device import multiplies_codes
 from qwen_jax.parallel.collectives import scatter_gradient
 
-Products = Literal["bfloat16", "fp8", "fp8-blocks"]
+Products = Literal["bfloat16", "fp8", "fp8-blocks", "int8"]
 """How projections are multiplied in training; "bfloat16" stands for the compute dtype, whichever it is."""
 COMPILER_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 """What a step with products of "fp8" needs on a GPU: otherwise XLA takes Triton's products before cuBLASLt's."""
@@ -49,30 +59,39 @@ _LEAST_CAPABILITY = (8, 9)
 _LARGEST_EXPONENT = 63
 
 
-def check_devices(products: Products, devices: Iterable[Any]) -> None:
+def check_devices(products: Products, mesh: Mesh) -> None:
     """Checks that devices can multiply as asked. On CPUs the products are emulated, and a warning says so.
 
     Args:
       products: of the step.
-      devices: that the step is compiled for, of one kind.
+      mesh: of the devices that the step is compiled for.
 
     Raises:
       InputError: they cannot.
     """
     if products == "bfloat16":
         return
-    device = next(iter(devices))
+    device = mesh.devices.flat[0]
+    found, has_float8, has_int8 = device.device_kind, False, False
     if device.platform == "cpu":
         log_once(f"products={products!r} are emulated on CPUs: the same numbers, slowly.", logging.WARNING)
         return
-    capability = str(getattr(device, "compute_capability", ""))
-    # GPUs that are not NVIDIA's have names there.
-    version = re.fullmatch(r"(\d+)\.(\d+)", capability)
-    if version is None or tuple(map(int, version.groups())) < _LEAST_CAPABILITY:
-        found = f"{device.device_kind}, {capability}" if capability else device.device_kind
-        raise InputError(
-            f"fp8 needs a GPU of compute capability 8.9 or later (found {found}). Use products='bfloat16'."
+    if device.platform == "tpu":
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            has_float8, has_int8 = multiplies_codes(jnp.float8_e4m3fn), multiplies_codes(jnp.int8)
+    elif capability := str(getattr(device, "compute_capability", "")):
+        # GPUs that are not NVIDIA's have names there.
+        version = re.fullmatch(r"(\d+)\.(\d+)", capability)
+        found, has_float8 = (
+            f"{found}, {capability}",
+            version is not None and tuple(map(int, version.groups())) >= _LEAST_CAPABILITY,
         )
+    if not (has_int8 if products == "int8" else has_float8):
+        needs = (
+            "a TPU v5e, v5p or v6e" if products == "int8" else "a GPU of compute capability 8.9 or later, or a TPU 7x"
+        )
+        other = "int8" if has_int8 else "fp8" if has_float8 else "bfloat16"
+        raise InputError(f"products={products!r} need {needs} (found {found}). Use products={other!r}.")
     if products == "fp8-blocks":
         log_once("products='fp8-blocks' have no kernel: rounded to fp8, multiplied in bfloat16.", logging.WARNING)
 
@@ -155,7 +174,7 @@ def matmul(x_BTK: jax.Array, w_NK: jax.Array, products: Products, layout: Layout
     Args:
       x_BTK: activations, bfloat16 or float32.
       w_NK: one device's shard of the weight, in the dtype of x.
-      products: "fp8" or "fp8-blocks".
+      products: "fp8", "fp8-blocks" or "int8".
       layout: of all operands.
 
     Returns:
@@ -165,7 +184,7 @@ def matmul(x_BTK: jax.Array, w_NK: jax.Array, products: Products, layout: Layout
     both = {*layout.x_axes, *layout.w_axes}
     x_BTK = lax.pcast(x_BTK, tuple(sorted(both - {*layout.x_axes})), to="varying")
     w_NK = lax.pcast(w_NK, tuple(sorted(both - {*layout.w_axes})), to="varying")
-    multiply = _block_product if products == "fp8-blocks" else _tensor_product
+    multiply = {"fp8": _tensor_product, "fp8-blocks": _block_product, "int8": _int8_product}[products]
     return multiply(layout, x_BTK, w_NK)
 
 
@@ -251,3 +270,34 @@ def _block_backward(
 
 
 _block_product.defvjp(_block_forward, _block_backward)
+
+
+# One scale for each row, in int8.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _int8_product(layout: Layout, x_BTK: jax.Array, w_NK: jax.Array) -> jax.Array:
+    return _int8_forward(layout, x_BTK, w_NK)[0]
+
+
+def _int8_forward(layout: Layout, x_BTK: jax.Array, w_NK: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    x_BTK8, scale_BT1 = quantize_rows(x_BTK, jnp.int8)
+    # Codes are gathered. Where `fsdp` shards the inputs, its devices have one scale for each output.
+    shard_NK8, scale_N1 = quantize_rows(w_NK, jnp.int8, "fsdp" if layout.gathered == 1 else None)
+    w_NK8 = lax.all_gather(shard_NK8, "fsdp", axis=layout.gathered, tiled=True)
+    if layout.gathered == 0:
+        scale_N1 = lax.all_gather(scale_N1, "fsdp", axis=0, tiled=True)
+    y_BTN = jnp.einsum("BTK,NK->BTN", x_BTK8, w_NK8, preferred_element_type=jnp.int32)
+    return (y_BTN * scale_BT1 * scale_N1[:, 0]).astype(x_BTK.dtype), (x_BTK8, scale_BT1, w_NK8, scale_N1[:, 0])
+
+
+def _int8_backward(layout: Layout, kept: tuple[jax.Array, ...], dy_BTN: jax.Array) -> tuple[jax.Array, jax.Array]:
+    (x_BTK8, scale_BT1, w_NK8, scale_N), dtype = kept, dy_BTN.dtype
+    # A scale along the axis that a product sums over is multiplied into the gradient, before this is rounded.
+    dy_BTN8, dy_scale_BT1 = quantize_rows(dy_BTN * scale_N, jnp.int8)
+    dx_BTK = jnp.einsum("BTN,NK->BTK", dy_BTN8, w_NK8, preferred_element_type=jnp.int32) * dy_scale_BT1
+    dw_NK = jnp.einsum("BTN,BTK->NK", (dy_BTN * scale_BT1).astype(dtype), x_BTK8.astype(dtype))
+    return dx_BTK.astype(dtype), scatter_gradient(dw_NK, layout.gathered, "fsdp")
+
+
+_int8_product.defvjp(_int8_forward, _int8_backward)

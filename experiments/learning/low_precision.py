@@ -1,18 +1,19 @@
-"""Does training with products of fp8, or with moments in fewer bits, learn as training in bfloat16 does?
+"""Does training with products of 8 bits, or with moments in fewer bits, learn as training in bfloat16 does?
 
-    python -m experiments.learning.data --folder fp8-run
-    python -m experiments.learning.fp8 --folder fp8-run --seeds 0 1 2
-    python -m experiments.learning.fp8 --folder fp8-run --kinds bfloat16 moments-8bit
-    python -m experiments.learning.fp8 --folder fp8-run --picture     # judges and draws what has been run
+    python -m experiments.learning.data --folder low-run
+    python -m experiments.learning.low_precision --folder low-run --seeds 0 1 2
+    python -m experiments.learning.low_precision --folder low-run --kinds bfloat16 moments-8bit
+    python -m experiments.learning.low_precision --folder low-run --picture     # judges and draws what has been run
 
 The model and the text of `experiments.learning.small`, for 2,000 steps, with each kind and each seed: the same weights
-and rows in the same order. `bfloat16` has products of bfloat16 and moments of float32; `fp8` and `fp8-blocks` have
-other products, `moments-bfloat16` and `moments-8bit` other moments. The rule, fixed before anything was measured: a
-kind is within the noise if, of the final held-out losses, the mean over the seeds of (kind - bfloat16) is at most the
+and rows in the same order. `bfloat16` has products of bfloat16 and moments of float32; `fp8`, `fp8-blocks` and `int8`
+have other products, `moments-bfloat16` and `moments-8bit` other moments. The rule, fixed before anything was measured:
+a kind is within the noise if, of the final held-out losses, the mean over the seeds of (kind - bfloat16) is at most the
 standard deviation of bfloat16's seeds (n - 1 in the denominator). Less loss is no fault. It needs at least two seeds.
 
-A run's held-out losses are computed with its own products. Leaves the runs' folders, `fp8.json` and `fp8.png` in the
-folder. `--size tiny` is for a CPU, where fp8 is emulated: it shows that the experiment works, and little else.
+A run's held-out losses are computed with its own products. Leaves the runs' folders, `low_precision.json` and
+`low_precision.png` in the folder. `--size tiny` is for a CPU, where the products are emulated: it shows that the
+experiment works, and little else.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from experiments.command import save_after
 from experiments.learning import small
 from experiments.learning.compare import HELD_OUT, series, smooth
 from qwen_jax.errors import InputError
-from qwen_jax.kernels.matmul.fp8 import Products
+from qwen_jax.kernels.matmul.low_precision import Products
 from qwen_jax.published import published
 from qwen_jax.tokenizer import CONTROL_TOKENS
 from train.config import RunConfig, Stage, set_fields
@@ -45,6 +46,7 @@ COLORS = {
     "bfloat16": "#8a8a8a",
     "fp8": "#3b6fb6",
     "fp8-blocks": "#d1662b",
+    "int8": "#b8a12f",
     "moments-bfloat16": "#4f9d69",
     "moments-8bit": "#8e5aa8",
 }
@@ -95,7 +97,7 @@ def config(kind: str, folder: str, seed: int = 0, steps: int = 2000, size: str =
 
 
 def judge(folder: Path) -> dict[str, Any]:
-    """Writes `fp8.json` and `fp8.png`; returns the content of the first.
+    """Writes `low_precision.json` and `low_precision.png`; returns the content of the first.
 
     Args:
       folder: of the experiment.
@@ -134,8 +136,8 @@ def judge(folder: Path) -> dict[str, Any]:
     }
     if (folder / "data.json").exists():
         result["data"] = json.loads((folder / "data.json").read_text())
-    (folder / "fp8.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    _plot(logs, folder / "fp8.png")
+    (folder / "low_precision.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    _plot(logs, folder / "low_precision.png")
     return result
 
 
@@ -216,8 +218,9 @@ def run(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("fp8-run"))
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="by default all")
+    parser.add_argument("--folder", type=Path, default=Path("low-run"))
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=[kind for kind in KINDS if kind != "int8"],
+                        help="by default all but int8, which GPUs do not have")  # fmt: skip
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--size", choices=SIZES, default="gpu", help="of model and rows")
