@@ -405,7 +405,10 @@ def _read_rope(hf: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
     if rope_type == "default" or (rope_type == "linear" and scaling.get("factor") == 1):
         return float(theta), None
     if rope_type != "yarn":
-        raise InputError(f"RoPE type {rope_type!r} is not supported; Qwen2.5 uses 'default' or 'yarn'.")
+        raise InputError(
+            f"RoPE type {rope_type!r} is not supported; Qwen2.5 uses 'default' or 'yarn'. Set it to "
+            "'default' in config.json to run the model at the length it was trained for."
+        )
 
     # YaRN. `finetuned` is a note of its authors; transformers reads the two mscale only together.
     scaling.pop("finetuned", None)

@@ -272,7 +272,10 @@ def call(path: str) -> object:
     if not function_name:
         function_name = next(iter(functions)) if len(functions) == 1 else "config"
     if function_name not in functions:
-        raise InputError(f"{file} has no function {function_name!r}; {near(function_name, functions)}")
+        hint = near(function_name, functions)
+        if path == name and functions:
+            hint += f" Name one of them: {file}:{next(iter(functions))}."
+        raise InputError(f"{file} has no function {function_name!r}; {hint}")
     try:
         result: object = functions[function_name]()
     except Exception as error:

@@ -97,9 +97,11 @@ def _run(name: str, argv: Sequence[str]) -> int:
     return int(parse(command, name, argv).run() if isinstance(command, type) else command(argv))
 
 
-def _usage() -> str:
-    width = max(map(len, _COMMANDS)) + 2
-    lines = [f"  {name:{width}s} {summary}" for name, (_, _, summary) in _COMMANDS.items()]
+def _usage(group: str = "") -> str:
+    """The list of commands, or of those of a group such as data."""
+    shown = {name: summary for name, (_, _, summary) in _COMMANDS.items() if name.startswith(group)}
+    width = max(map(len, shown)) + 2
+    lines = [f"  {name:{width}s} {summary}" for name, summary in shown.items()]
     return "\n".join(
         [
             "usage: qwen-jax COMMAND [options]",
@@ -134,6 +136,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(qwen_jax.__version__)
         return 0
     name = _name(argv)
+    if name is None and argv[1:] in ([], ["-h"], ["--help"]) and any(c.startswith(f"{argv[0]} ") for c in _COMMANDS):
+        print(_usage(f"{argv[0]} "))
+        return 0 if argv[1:] else 2
     if name is None:
         complain(f"unknown command {' '.join(argv[:2])!r}; the commands are {', '.join(_COMMANDS)}.")
         return 2

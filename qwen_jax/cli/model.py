@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from qwen_jax.cli.common import Count, DType, Number, Texts, sibling
+from qwen_jax.cli.common import Count, DType, Number, Texts, given, sibling
 from qwen_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -61,8 +61,8 @@ class Sampling:
     def resolve(self, defaults: "SamplingParams") -> "SamplingParams":
         """Returns the defaults, replaced where the command line has a value. Raises InputError for a wrong value."""
         names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
-        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        return dataclasses.replace(defaults, **given)
+        values = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return dataclasses.replace(defaults, **values)
 
     def check(self) -> None:
         """Raises InputError for values that are wrong for any checkpoint."""
@@ -142,6 +142,8 @@ class Running:
             raise InputError(f"--prefill-chunk must be at least 1, got {self.prefill_chunk}.")
         if self.sparse_from < 0:
             raise InputError(f"--sparse-from must be at least 0, got {self.sparse_from}.")
+        if self.attention == "dense" and given(self, "sparse_from"):
+            raise InputError("--sparse-from needs --attention vertical-slash or pooled.")
         if self.rope_scaling is not None and self.dual_chunk:
             raise InputError("--rope-scaling and --dual-chunk together are not defined. Give one of them.")
         if self.sparsity_file is not None and self.attention != "vertical-slash":

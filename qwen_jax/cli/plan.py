@@ -21,7 +21,7 @@ class Plan:
     each chip, FLOPs, bytes over the network, and a lower bound of the step time. TPUs need not be present, only their
     compiler (pip install 'qwen-jax[tpu]'). Nothing is run. The exit status is 1 if a stage does not fit.
 
-    Example: qwen-jax plan --config experiments/pretrain/qwen2_5.py --topology v5p:4x4x4 --mesh fsdp=16,tensor=4
+    Example: qwen-jax plan --config experiments/pretrain/qwen2_5.py:standard --topology v5p:4x4x4 --mesh fsdp=64
     """
 
     config: Annotated[str, tyro.conf.arg(metavar="FILE.py[:function]")]

@@ -113,7 +113,7 @@ def test_rope_theta_inside_rope_parameters_is_not_ignored() -> None:
         ({"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 1}, "sliding window"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
         ({"layer_types": ["full_attention"]}, "layer_types"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "llama3"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "'llama3' is not supported.*Set it to 'default'"),
         ({"rope_scaling": {"rope_type": "yarn", "type": "linear", "factor": 8.0}}, "two RoPE types"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "factor"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "mscales": 1.0}}, "mscales"),

@@ -198,6 +198,16 @@ def test_a_schedule_needs_steps() -> None:
         Schedule(-5)
 
 
+def test_of_several_functions_one_must_be_named(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text("def small():\n    return 1\n\n\ndef large():\n    return 2\n")
+    with pytest.raises(
+        InputError, match=r"no function 'config'; there are 'small', 'large'. Name one of them: .*:small"
+    ):
+        call(str(file))
+    assert call(f"{file}:large") == 2
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [

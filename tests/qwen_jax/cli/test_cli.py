@@ -363,6 +363,15 @@ def test_a_command_may_have_two_words(capsys: Capture, monkeypatch: pytest.Monke
     assert run(capsys, "model", "frobnicate")[0] == 2
 
 
+def test_help_of_a_group_shows_its_commands_alone(capsys: Capture) -> None:
+    for group in {name.split()[0] for name in cli._COMMANDS if " " in name and name.split()[0] not in cli._COMMANDS}:
+        status, out, _ = run(capsys, group, "--help")
+        shown = {line[2:].split("  ")[0] for line in out.splitlines() if line.startswith("  ")}
+        assert (status, shown) == (0, {name for name in cli._COMMANDS if name.startswith(f"{group} ")})
+        assert run(capsys, group)[:2] == (2, out)
+    assert run(capsys, "modell", "--help")[0] == 2
+
+
 @pytest.mark.parametrize(
     "command",
     [

@@ -82,6 +82,7 @@ def test_the_command_writes_a_file_that_generate_takes(tmp_path: Path, capsys: p
         (["--sparsity-file", str(output)], "needs --attention vertical-slash"),
         (["--attention", "pooled", "--prefill-chunk", "100"], "multiple of 128"),
         (["--attention", "pooled", "--sparse-from", "-1"], "at least 0, got -1"),
+        (["--sparse-from", "200"], "needs --attention vertical-slash or pooled"),
         (["--dual-chunk", "--rope-scaling", "yarn:2"], "together are not defined"),
         (["--trained-length", "64"], "needs --rope-scaling or --dual-chunk"),
     ):
