@@ -47,15 +47,16 @@ class Bubblewrap(LocalRunner):
       workers: jobs at one time. Each has user ids of its own where this process is root.
       folders: folders of the machine with tool chains that lie outside /usr, such as /opt/go. Programs may read them,
         and their `bin` is on the search path.
+      first: number of the first of these workers, where other processes have those before it.
       seccomp: whether system calls are filtered.
 
     Raises:
       InputError: bwrap or another program is missing, or the machine's architecture has no filter.
     """
 
-    def __init__(self, workers: int = 8, folders: Sequence[str | Path] = (), seccomp: bool = True):
+    def __init__(self, workers: int = 8, folders: Sequence[str | Path] = (), first: int = 0, seccomp: bool = True):
         self._root = os.geteuid() == 0
-        super().__init__(workers, folders, ["setpriv"] if self._root else [])
+        super().__init__(workers, folders, first, ["setpriv"] if self._root else [])
         bwrap = shutil.which("bwrap")
         if bwrap is None:
             raise InputError(f"bubblewrap (bwrap) is needed to run untrusted programs and not installed. {_INSTALL}.")

@@ -54,13 +54,14 @@ class LocalRunner(ABC):
       workers: jobs at one time. Each has user ids of its own where this process is root.
       folders: folders of the machine with tool chains that lie outside /usr, such as /opt/go. Programs may read them,
         and their `bin` is on the search path.
+      first: number of the first of these workers, where other processes have those before it.
       programs: that the runner needs besides `prlimit`, `sh` and `tar`.
 
     Raises:
       InputError: a number of workers that is not possible, a folder or a program that is missing.
     """
 
-    def __init__(self, workers: int, folders: Sequence[str | Path], programs: Sequence[str] = ()):
+    def __init__(self, workers: int, folders: Sequence[str | Path], first: int, programs: Sequence[str] = ()):
         if not 1 <= workers <= MAX_WORKERS:
             raise InputError(f"A sandbox has between 1 and {MAX_WORKERS} workers, not {workers}.")
         for program in ("prlimit", "sh", "tar", *programs):
@@ -73,7 +74,7 @@ class LocalRunner(ABC):
         self._path = [*(f"{folder}/bin" for folder in self._folders), *_SEARCH_PATH]
         # A conversation takes one slot and two users.
         self._slots: queue.SimpleQueue[int] = queue.SimpleQueue()
-        for slot in range(workers):
+        for slot in range(first, first + workers):
             self._slots.put(slot)
 
     def find(self, program: str) -> str | None:

@@ -52,14 +52,15 @@ class Runc(LocalRunner):
       workers: jobs at one time. Each has user ids of its own.
       folders: folders of the machine with tool chains that lie outside /usr, such as /opt/go. Programs may read them,
         and their `bin` is on the search path.
+      first: number of the first of these workers, where other processes have those before it.
 
     Raises:
       InputError: runc or another program is missing, this process is not root, other users cannot enter the folder
         of temporary files, or the machine's architecture has no filter of system calls.
     """
 
-    def __init__(self, workers: int = 8, folders: Sequence[str | Path] = ()):
-        super().__init__(workers, folders, ["setpriv", "unshare"])
+    def __init__(self, workers: int = 8, folders: Sequence[str | Path] = (), first: int = 0):
+        super().__init__(workers, folders, first, ["setpriv", "unshare"])
         runc = shutil.which("runc")
         if runc is None:
             raise InputError("runc is needed for containers and not installed (Debian, Ubuntu: apt-get install runc).")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from qwen_jax.errors import InputError
-from train.rewards.workers import WorkerPool
+from train.worker_pool import WorkerPool
 
 SCRIPT = """
 import json, os, sys, time

@@ -15,43 +15,57 @@ import weakref
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from queue import LifoQueue
+from queue import Empty, LifoQueue
 from typing import Any
 
 from qwen_jax.errors import InputError
 
-# The longest answer of a process, and how long one may take to start, on a machine that is busy.
-_ANSWER_BYTES = 1 << 16
+# How long a process may take to start, on a machine that is busy.
 _START_SECONDS = 180.0
+_CHUNK = 1 << 16
 
 
 class WorkerPool:
-    """Runs a script in several processes; each takes a JSON object a line and answers with one.
+    """Runs a script in several processes; each takes a JSON value a line and answers with one.
 
-    A script begins with the line `ready`. Its environment holds nothing but the paths of Python, and what it answers is
+    A script begins with the line `ready`. Its environment holds little but the paths of Python, and what it answers is
     read as JSON only: nothing that it does can make this process run code.
     """
 
-    def __init__(self, script: Path, arguments: Sequence[str], workers: int, seconds: float, recycle: int):
+    def __init__(
+        self,
+        script: Path,
+        arguments: Sequence[str],
+        workers: int,
+        seconds: float,
+        recycle: int | None = None,
+        answer_bytes: int = 1 << 16,
+        environment: Mapping[str, str] | None = None,
+    ):
         """
         Args:
           script: a Python file.
-          arguments: of the script.
+          arguments: of the script. One more follows: the number of the process, 0 to `workers` - 1. Of the processes
+            that are alive no two have the same.
           workers: processes, which start when they are first needed.
           seconds: for one answer; a process that takes longer is killed.
           recycle: answers after which a process is replaced by a fresh one.
+          answer_bytes: the longest answer; a process that writes a longer one is killed.
+          environment: further variables of the processes.
         """
         self._command = [sys.executable, "-P", "-s", str(script), *arguments]
-        self._seconds, self._recycle = seconds, recycle
-        self._idle: LifoQueue[_Worker | None] = LifoQueue()
-        for _ in range(workers):
-            self._idle.put(None)
+        self._environment = dict(environment or {})
+        self._seconds, self._recycle, self._answer_bytes = seconds, recycle, answer_bytes
+        # The numbers that are free, each with its process where that is alive.
+        self._idle: LifoQueue[tuple[int, _Worker | None]] = LifoQueue()
+        for number in reversed(range(workers)):
+            self._idle.put((number, None))
         self._alive: set[_Worker] = set()
         self._lock = threading.Lock()
         self._threads = ThreadPoolExecutor(workers, "reward-worker")
         atexit.register(_close, weakref.ref(self))
 
-    def ask(self, questions: Sequence[Mapping[str, Any]]) -> list[Any]:
+    def ask(self, questions: Sequence[Any]) -> list[Any]:
         """Answers questions, in order.
 
         Returns:
@@ -60,14 +74,44 @@ class WorkerPool:
         Raises:
           InputError: a process does not start.
         """
-        return list(self._threads.map(self._answer, questions))
+        return list(self._threads.map(self.ask_one, questions))
+
+    def ask_one(self, question: Any, seconds: float | None = None) -> Any:
+        """The answer to one question, asked from this thread; see `ask`.
+
+        Args:
+          question: for any of the processes; waits until one is free.
+          seconds: for this answer instead of those of the pool.
+        """
+        number, worker = self._idle.get()
+        try:
+            if worker is not None and not worker.is_alive():
+                self._end(worker)
+                worker = None
+            if worker is None:
+                worker = self._start(number)
+            answer = worker.ask(question, self._seconds if seconds is None else seconds)
+            if worker.failed or worker.answers == self._recycle:
+                self._end(worker)
+                worker = None
+            return answer
+        finally:
+            self._idle.put((number, worker))
 
     def close(self) -> None:
         """Kills the processes. `ask` may be called again, and starts new ones."""
-        with self._lock:
-            alive, self._alive = self._alive, set()
+        idle = []
+        with contextlib.suppress(Empty):
+            while True:
+                idle.append(self._idle.get_nowait())
+        for number, worker in idle:
+            if worker is not None:
+                self._end(worker)
+            self._idle.put((number, None))
         # A thread that waits for one sees the end of its output.
-        for worker in alive:
+        with self._lock:
+            busy, self._alive = self._alive, set()
+        for worker in busy:
             worker.kill()
 
     def processes(self) -> list[int]:
@@ -75,24 +119,8 @@ class WorkerPool:
         with self._lock:
             return [worker.process.pid for worker in self._alive if worker.is_alive()]
 
-    def _answer(self, question: Mapping[str, Any]) -> Any:
-        worker = self._idle.get()
-        try:
-            if worker is not None and not worker.is_alive():
-                self._end(worker)
-                worker = None
-            if worker is None:
-                worker = self._start()
-            answer = worker.ask(question, self._seconds)
-            if worker.failed or worker.answers >= self._recycle:
-                self._end(worker)
-                worker = None
-            return answer
-        finally:
-            self._idle.put(worker)
-
-    def _start(self) -> "_Worker":
-        worker = _Worker(self._command)
+    def _start(self, number: int) -> "_Worker":
+        worker = _Worker([*self._command, str(number)], self._environment, self._answer_bytes)
         with self._lock:
             self._alive.add(worker)
         try:
@@ -112,18 +140,19 @@ class WorkerPool:
 class _Worker:
     """One process."""
 
-    def __init__(self, command: Sequence[str]):
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], answer_bytes: int):
         self.answers, self.failed = 0, False
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115
-        self._received = b""
+        self._received, self._answer_bytes = bytearray(), answer_bytes
         environment = {
             "PATH": os.defpath,
-            # With those that this process has added.
-            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+            # With those that this process has added. It does not start in this one's folder, which "" stands for.
+            "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)),
             "PYTHONDONTWRITEBYTECODE": "1",
             "PYTHONHASHSEED": "0",
             # sympy and numpy start no threads of their own.
             "OMP_NUM_THREADS": "1",
+            **environment,
         }
         self.process = subprocess.Popen(
             command,
@@ -134,24 +163,25 @@ class _Worker:
             cwd="/",
             start_new_session=True,
         )
+        assert self.process.stdin is not None
+        os.set_blocking(self.process.stdin.fileno(), False)
 
     def wait_until_ready(self) -> None:
         """Raises InputError with the last lines of its errors if it does not start."""
-        if self._line(_START_SECONDS) != b"ready":
+        if self._line(time.monotonic() + _START_SECONDS) != b"ready":
             self.kill()
             self._errors.seek(0)
             lines = self._errors.read()[-2000:].decode(errors="replace").strip().splitlines()
             why = " ".join(lines[-3:]) or "it did not get ready in time"
             raise InputError(f"The process {self.process.args!r} does not start: {why}. Run it by hand to see more.")
 
-    def ask(self, question: Mapping[str, Any], seconds: float) -> Any:
+    def ask(self, question: Any, seconds: float) -> Any:
         """The answer; None if there is none, and then the process must not be asked again."""
-        assert self.process.stdin is not None
         self.answers += 1
+        deadline = time.monotonic() + seconds
         try:
-            self.process.stdin.write(json.dumps(question).encode() + b"\n")
-            self.process.stdin.flush()
-            line = self._line(seconds)
+            self._write(json.dumps(question).encode() + b"\n", deadline)
+            line = self._line(deadline)
             if line is not None:
                 return json.loads(line)
         except (OSError, ValueError, RecursionError):
@@ -182,22 +212,35 @@ class _Worker:
             with contextlib.suppress(OSError):
                 close()
 
-    def _line(self, seconds: float) -> bytes | None:
+    def _write(self, data: bytes, deadline: float) -> None:
+        """Raises OSError if not all is taken in time."""
+        assert self.process.stdin is not None
+        file, rest = self.process.stdin.fileno(), memoryview(data)
+        poll = select.poll()
+        poll.register(file, select.POLLOUT)
+        while rest:
+            if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+                raise TimeoutError
+            rest = rest[os.write(file, rest) :]
+
+    def _line(self, deadline: float) -> bytes | None:
         """The next line; None at the end of the output, or if it does not come in time or is too long."""
         assert self.process.stdout is not None
-        file, deadline = self.process.stdout.fileno(), time.monotonic() + seconds
+        file, searched = self.process.stdout.fileno(), 0
         poll = select.poll()
         poll.register(file, select.POLLIN | select.POLLHUP)
-        while b"\n" not in self._received:
+        while (end := self._received.find(b"\n", searched)) < 0:
+            searched = len(self._received)
             left = deadline - time.monotonic()
-            if left <= 0 or len(self._received) > _ANSWER_BYTES:
+            if left <= 0 or searched > self._answer_bytes:
                 return None
             if poll.poll(left * 1000):
-                part = os.read(file, 4096)
+                part = os.read(file, _CHUNK)
                 if not part:
                     return None
                 self._received += part
-        line, _, self._received = self._received.partition(b"\n")
+        line = bytes(self._received[:end])
+        del self._received[: end + 1]
         return line
 
 
