@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import Empty, LifoQueue
@@ -41,6 +41,7 @@ class WorkerPool:
         recycle: int | None = None,
         answer_bytes: int = 1 << 16,
         environment: Mapping[str, str] | None = None,
+        ended: Callable[[int], None] | None = None,
     ):
         """
         Args:
@@ -52,9 +53,10 @@ class WorkerPool:
           recycle: answers after which a process is replaced by a fresh one.
           answer_bytes: the longest answer; a process that writes a longer one is killed.
           environment: further variables of the processes.
+          ended: called with the id of each process that has ended, by itself or killed, before it is replaced.
         """
         self._command = [sys.executable, "-P", "-s", str(script), *arguments]
-        self._environment = dict(environment or {})
+        self._environment, self._ended = dict(environment or {}), ended
         self._seconds, self._recycle, self._answer_bytes = seconds, recycle, answer_bytes
         # The numbers that are free, each with its process where that is alive.
         self._idle: LifoQueue[tuple[int, _Worker | None]] = LifoQueue()
@@ -135,6 +137,8 @@ class WorkerPool:
             self._alive.discard(worker)
         worker.kill()
         worker.close()
+        if self._ended is not None:
+            self._ended(worker.process.pid)
 
 
 class _Worker:

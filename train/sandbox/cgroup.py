@@ -127,15 +127,26 @@ class Group:
     def close(self) -> None:
         """Kills what is left and removes the group."""
         for folder in self._made:
-            for _ in range(100):
-                try:
-                    folder.rmdir()
-                    break
-                except FileNotFoundError:
-                    break
-                except OSError:
-                    _kill(folder)
-                    time.sleep(0.01)
+            _remove(folder)
+
+
+def remove_groups(parent: Parent, prefix: str) -> None:
+    """Kills what is in the groups whose names begin with a prefix, and removes them: those of a killed process."""
+    for folder in {parent.pids, parent.memory}:
+        for group in folder.glob(f"{prefix}*"):
+            _remove(group)
+
+
+def _remove(folder: Path) -> None:
+    for _ in range(100):
+        try:
+            folder.rmdir()
+            break
+        except FileNotFoundError:
+            break
+        except OSError:
+            _kill(folder)
+            time.sleep(0.01)
 
 
 def _set(file: Path, value: int) -> None:

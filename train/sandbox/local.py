@@ -41,8 +41,10 @@ ENVIRONMENT = {
 }
 # Process 1 of a sandbox: a shell that waits for the program, and for processes whose parent has ended. With bwrap's own
 # process 1, bwrap ends before it has waited, which leaves a zombie where the machine's process 1 waits for nobody (most
-# containers). The shell's own messages ("Killed") are not the program's.
-PROCESS_1 = ("/bin/sh", "-c", 'exec 3>&2 2>/dev/null; "$@" 2>&3 3>&-; exit $?', "sh")
+# containers). The shell's own messages ("Killed") are not the program's. When it starts, its parents have asked to be
+# killed with theirs. A supervisor that was killed before reads its standard error no more: then it ends.
+PROCESS_1 = ("/bin/sh", "-c", 'echo >&2 || exit; exec 3>&2 2>/dev/null; "$@" 2>&3 3>&-; exit $?', "sh")
+_GREETING = b"\n"
 # Standard input and output of a job.
 Streams = tuple[IO[bytes], IO[bytes]]
 
@@ -120,6 +122,15 @@ class LocalRunner(ABC):
                 return failed(error, began)
 
     @abstractmethod
+    def clean_after(self, supervisor: int) -> None:
+        """Ends and removes what a process that was killed has left of its sandboxes: those that were just starting,
+        control groups, files.
+
+        Args:
+          supervisor: its id.
+        """
+
+    @abstractmethod
     def _attempt(
         self,
         job: Job,
@@ -184,6 +195,7 @@ class LocalRunner(ABC):
             stdin=job.stdin,
             seconds=job.limits.seconds,
             output_bytes=job.limits.output_bytes,
+            greeting=_GREETING,
             kill=lambda: _kill(process, first),
             watch=lambda: "memory" if group is not None and group.out_of_memory() else look(),
             stop=stop,

@@ -21,7 +21,7 @@ from typing import Any, Literal
 from qwen_jax.errors import InputError
 from train.sandbox.bubblewrap import Bubblewrap
 from train.sandbox.job import Job, Limits, Outcome, Run, Runner
-from train.sandbox.local import failed
+from train.sandbox.local import LocalRunner, failed
 from train.sandbox.runc import Runc
 from train.sandbox.unconfined import Unconfined
 from train.worker_pool import WorkerPool
@@ -74,6 +74,7 @@ class Supervisors:
             _PATIENCE,
             answer_bytes=_ANSWER_BYTES,
             environment={"PATH": os.environ.get("PATH", os.defpath), "TMPDIR": tempfile.gettempdir()},
+            ended=here.clean_after if isinstance(here, LocalRunner) else None,
         )
 
     def execute(self, job: Job) -> Run:
