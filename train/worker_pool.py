@@ -78,12 +78,13 @@ class WorkerPool:
         """
         return list(self._threads.map(self.ask_one, questions))
 
-    def ask_one(self, question: Any, seconds: float | None = None) -> Any:
+    def ask_one(self, question: Any, seconds: float | None = None, contents: Sequence[bytes] = ()) -> Any:
         """The answer to one question, asked from this thread; see `ask`.
 
         Args:
           question: for any of the processes; waits until one is free.
           seconds: for this answer instead of those of the pool.
+          contents: bytes that follow the line of the question; the script must know how many.
         """
         number, worker = self._idle.get()
         try:
@@ -92,12 +93,11 @@ class WorkerPool:
                 worker = None
             if worker is None:
                 worker = self._start(number)
-            answer = worker.ask(question, self._seconds if seconds is None else seconds)
-            if worker.failed or worker.answers == self._recycle:
+            return worker.ask(question, self._seconds if seconds is None else seconds, contents)
+        finally:
+            if worker is not None and (worker.failed or worker.answers == self._recycle):
                 self._end(worker)
                 worker = None
-            return answer
-        finally:
             self._idle.put((number, worker))
 
     def close(self) -> None:
@@ -179,20 +179,21 @@ class _Worker:
             why = " ".join(lines[-3:]) or "it did not get ready in time"
             raise InputError(f"The process {self.process.args!r} does not start: {why}. Run it by hand to see more.")
 
-    def ask(self, question: Any, seconds: float) -> Any:
+    def ask(self, question: Any, seconds: float, contents: Sequence[bytes]) -> Any:
         """The answer; None if there is none, and then the process must not be asked again."""
         self.answers += 1
+        # Unless the answer comes: also where an exception, such as Ctrl-C, ends the wait.
+        self.failed = True
         deadline = time.monotonic() + seconds
         try:
-            self._write(json.dumps(question).encode() + b"\n", deadline)
+            self._write(b"".join((json.dumps(question).encode(), b"\n", *contents)), deadline)
             line = self._line(deadline)
-            if line is not None:
-                return json.loads(line)
+            answer = None if line is None else json.loads(line)
+            self.failed = line is None
+            return answer
         except (OSError, ValueError, RecursionError):
             # It died, or wrote something else than JSON.
-            pass
-        self.failed = True
-        return None
+            return None
 
     def is_alive(self) -> bool:
         """Whether the process has not ended. Its id stays taken until `kill`."""

@@ -158,7 +158,7 @@ class Bubblewrap(LocalRunner):
 
     def clean_after(self, supervisor: int) -> None:
         if self._cgroup is not None:
-            remove_groups(self._cgroup, _groups_of(supervisor))
+            remove_groups({self._cgroup.memory, self._cgroup.pids}, _groups_of(supervisor))
 
     def _group(self, job: Job, held: contextlib.ExitStack) -> Group | None:
         """A control group for a job, which `held` removes; None where there are none."""

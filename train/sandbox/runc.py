@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_jax.errors import InputError
+from train.sandbox.cgroup import all_parents, remove_groups
 from train.sandbox.job import WORK, Job, Run
 from train.sandbox.local import (
     FIRST_UID,
@@ -182,6 +183,8 @@ class Runc(LocalRunner):
         for bundle in Path(tempfile.gettempdir()).glob(f"{_bundles_of(supervisor)}*"):
             self._delete(bundle)
             shutil.rmtree(bundle, ignore_errors=True)
+        # Those of containers that were being set up, which runc does not know yet.
+        remove_groups(all_parents(), _bundles_of(supervisor))
 
     def _delete(self, bundle: Path) -> None:
         """Removes what a runc that was killed has left: the container's control groups, and the container."""

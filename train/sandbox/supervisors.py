@@ -1,8 +1,8 @@
 """Supervises the sandboxes of many workers in a process for each worker, because Python runs one thread at a time.
 
 `Supervisors` is a Runner of the process that wants jobs to be run. This file is also the script of its processes: one
-reads a JSON array with a job, or with the two of a conversation, a line, runs them with the runner of one worker, and
-writes the runs. Neither side does anything else with what it reads.
+reads a line of JSON, an array with a job, or with the two of a conversation, and then the contents of their files; runs
+them with the runner of one worker; and writes a line with the runs. Neither side does anything else with what it reads.
 """
 
 import base64
@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -97,8 +97,9 @@ class Supervisors:
     def _ask(self, *jobs: Job) -> list[Run]:
         began = time.monotonic()
         seconds = max(job.limits.seconds for job in jobs) + _PATIENCE
+        contents: list[bytes] = []
         try:
-            answer = self._pool.ask_one([_job_fields(job) for job in jobs], seconds)
+            answer = self._pool.ask_one([_job_fields(job, contents) for job in jobs], seconds, contents)
         except (InputError, OSError) as error:
             # It does not start.
             return [failed(error, began)] * len(jobs)
@@ -113,8 +114,8 @@ def main() -> None:
     runner = make_runner(isolation, 1, json.loads(folders), int(number))  # type: ignore[arg-type]
     threading.Thread(target=_end_with_parent, daemon=True).start()
     print("ready", flush=True)
-    for line in sys.stdin:
-        jobs = [_job(fields) for fields in json.loads(line)]
+    for line in sys.stdin.buffer:
+        jobs = [_job(fields, sys.stdin.buffer.read) for fields in json.loads(line)]
         runs = [runner.execute(*jobs)] if len(jobs) == 1 else runner.converse(*jobs)
         print(json.dumps([_run_fields(run) for run in runs]), flush=True)
 
@@ -131,24 +132,31 @@ def _end_with_parent() -> None:
 # --- jobs and runs as JSON
 
 
-def _job_fields(job: Job) -> dict[str, Any]:
+def _job_fields(job: Job, contents: list[bytes]) -> dict[str, Any]:
+    """A job with sizes in the place of contents, which are appended to a list."""
+
+    def size(content: bytes) -> int:
+        contents.append(content)
+        return len(content)
+
     return {
         **vars(job),
         "limits": vars(job.limits),
-        "files": {name: _text(content) for name, content in job.files.items()},
-        "archive": None if job.archive is None else _text(job.archive),
-        "stdin": _text(job.stdin),
+        "files": {name: size(content) for name, content in job.files.items()},
+        "archive": None if job.archive is None else size(job.archive),
+        "stdin": size(job.stdin),
         "environment": dict(job.environment),
     }
 
 
-def _job(fields: Mapping[str, Any]) -> Job:
+def _job(fields: Mapping[str, Any], read: Callable[[int], bytes]) -> Job:
+    """The job of `_job_fields`; `read` gives the contents in their order."""
     changed = {
         "command": tuple(fields["command"]),
         "limits": Limits(**fields["limits"]),
-        "files": {name: base64.b64decode(text) for name, text in fields["files"].items()},
-        "archive": None if fields["archive"] is None else base64.b64decode(fields["archive"]),
-        "stdin": base64.b64decode(fields["stdin"]),
+        "files": {name: read(size) for name, size in fields["files"].items()},
+        "archive": None if fields["archive"] is None else read(fields["archive"]),
+        "stdin": read(fields["stdin"]),
         "folders": tuple(fields["folders"]),
     }
     return Job(**{**fields, **changed})
