@@ -24,7 +24,7 @@ from train.sandbox import LANGUAGES, Job, Language, Limits, Outcome, Run, Sandbo
 from train.sandbox import probe as probes
 from train.sandbox.bubblewrap import Bubblewrap
 from train.sandbox.cgroup import Group, Parent, find_parent
-from train.sandbox.local import limited, to_run
+from train.sandbox.local import PROCESS_1, limited, to_run
 from train.sandbox.sandbox import static_problem
 from train.sandbox.seccomp import _CLONE, _DENIED, _MACHINES, _SOCKET, filter_bytes, filter_of_oci
 from train.sandbox.supervise import Ended, supervise
@@ -432,6 +432,35 @@ def test_supervised_pipes() -> None:
     over = serve(echo, data, output_bytes=len(data) - 1)
     assert (over.killed_by, over.stdout) == ("output", data[:-1])
     assert serve("pass", data).status == 0
+
+
+def test_a_greeting_is_not_the_program_s() -> None:
+    """It is dropped where standard error begins with it, and is not counted."""
+    for data in (b"", b"\n", os.urandom(1000), b"x\n" + os.urandom(1000)):
+        said = f"import sys; sys.stderr.buffer.write(b'\\n' + bytes.fromhex('{data.hex()}'))"
+        ended = serve(said, output_bytes=max(1, len(data)), greeting=b"\n")
+        assert (ended.stderr, ended.killed_by) == (data, None)
+    over = serve(said, output_bytes=len(data) - 1, greeting=b"\n")
+    assert (over.stderr, over.killed_by) == (data[:-1], "output")
+    silent = serve("import sys; sys.stderr.write('x')", greeting=b"\n")
+    assert silent.stderr == b"x"
+
+
+def test_process_1_starts_nothing_without_a_supervisor(tmp_path: Path) -> None:
+    """One that was killed while the sandbox was being set up reads no more."""
+    command = [*PROCESS_1, "touch", str(tmp_path / "started")]
+    for alive in (False, True):
+        process = subprocess.Popen(
+            ["sh", "-c", 'read x; exec "$@"', "sh", *command], stdin=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        assert process.stdin is not None
+        assert process.stderr is not None
+        if not alive:
+            process.stderr.close()
+        process.stdin.write(b"\n")
+        process.stdin.close()
+        process.wait(20)
+        assert (tmp_path / "started").exists() is alive
 
 
 def test_supervised_ends() -> None:
