@@ -97,8 +97,8 @@ def write(path: Path, rows: list[dict[str, Any]]) -> str:
 
 
 def make_prompts(path: Path, rng: random.Random, count: int) -> str:
-    numbers = {(rng.randrange(1000), rng.randrange(1000)) for _ in range(count)}
-    return write(path, [{"prompt": QUESTION.format(a, b), "total": a + b} for a, b in sorted(numbers)])
+    numbers = [divmod(n, 1000) for n in sorted(rng.sample(range(1000**2), count))]
+    return write(path, [{"prompt": QUESTION.format(a, b), "total": a + b} for a, b in numbers])
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
