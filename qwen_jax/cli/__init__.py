@@ -14,6 +14,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Sequence
+from types import FrameType
 
 import qwen_jax
 from qwen_jax.cli.failures import complain, explain, several_processes
@@ -191,18 +192,23 @@ def _watch_ignored_exceptions() -> None:
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     before = sys.unraisablehook
 
-    def again(error: BaseException) -> None:
-        def raise_error(*_: object) -> None:
-            raise error
+    def again(error: BaseException, seconds: float) -> None:
+        def raise_error(number: int, frame: FrameType | None) -> None:
+            while frame is not None and frame.f_code is not hook.__code__:
+                frame = frame.f_back
+            if frame is None:
+                raise error
+            # Python would ignore an exception in the hook too.
+            again(error, 2 * seconds)
 
         # By a clock and not by a thread, which could end before this function does.
         signal.signal(signal.SIGALRM, raise_error)
-        signal.setitimer(signal.ITIMER_REAL, _SOON)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
 
     def hook(what: "sys.UnraisableHookArgs") -> None:
         error = what.exc_value
         if isinstance(error, KeyboardInterrupt) or (isinstance(error, SystemExit) and error.code == _TERMINATED):
-            again(error)
+            again(error, _SOON)
         # Writes that finish after the save has been abandoned.
         elif not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
             before(what)
