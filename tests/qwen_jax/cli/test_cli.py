@@ -424,6 +424,9 @@ def test_a_signal_during_a_garbage_collection_ends_the_command(name: str, status
 import gc, os, signal, sys, time
 from qwen_jax import cli
 
+# Ignored where the tests run in the background of a shell.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 def callback(phase, information):
     gc.callbacks.remove(callback)
     os.kill(os.getpid(), signal.{name})
