@@ -90,7 +90,7 @@ class Check:
 
     def run(self) -> int:
         sandbox, probe = sibling("train.sandbox"), sibling("train.sandbox.probe")
-        runner = sibling("train.sandbox.supervisors").make_runner(self.isolation, 8, self.folder)
+        runner = sibling("train.sandbox.sandbox").make_runner(self.isolation, 8, self.folder)
         checks = probe.probe(runner)
         holds = all(check.holds for check in checks)
         versions: dict[str, str | None] = {}

@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import inspect
 import json
-import os
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -54,8 +53,7 @@ class CodeReward:
           verdicts: a file that verdicts are kept in, so that a later process knows them; a run of GRPO has one in its
             output. By default they are remembered in memory alone.
           sandbox: to run in; it stays open. By default one is made.
-          **sandbox_settings: of that one: `workers`, by default one for each processor that this process may use, 8 to
-            128; `isolation`; and the fields of `train.sandbox.Limits`.
+          **sandbox_settings: of that one: `workers`, `isolation`, and the fields of `train.sandbox.Limits`.
 
         Raises:
           InputError: the sandbox does not hold here, or does not have a setting.
@@ -65,7 +63,8 @@ class CodeReward:
         if sandbox is not None and sandbox_settings:
             raise InputError(f"The setting {min(sandbox_settings)} is of a sandbox that is made; one is given.")
         self._sandbox = _make_sandbox(sandbox_settings) if sandbox is None else sandbox
-        self._threads = ThreadPoolExecutor(int(getattr(self._sandbox, "workers", 8)), "code-reward")
+        workers = sandbox_settings.get("workers") or getattr(self._sandbox, "workers", None) or 8
+        self._threads = ThreadPoolExecutor(int(workers), "code-reward")
         self._known: OrderedDict[str, float] = OrderedDict()
         self._file = None if verdicts is None else Path(verdicts)
         if self._file is not None and self._file.exists():
@@ -134,7 +133,6 @@ class CodeReward:
 
 def _make_sandbox(settings: Mapping[str, Any]) -> Sandbox:
     own = {name: settings[name] for name in ("workers", "isolation") if name in settings}
-    own.setdefault("workers", min(max(8, len(os.sched_getaffinity(0))), 128))
     limits = {name: value for name, value in settings.items() if name not in own}
     known = inspect.signature(Limits).parameters
     if unknown := sorted(set(limits) - set(known)):

@@ -8,7 +8,7 @@ from typing import Any
 
 from qwen_jax.errors import InputError
 from train.rewards.text import answer_span, column_of
-from train.worker_pool import WorkerPool
+from train.rewards.workers import WorkerPool
 
 # Numbers beside one another, which math-verify adds as if they were mixed: 41 42 would be 83. A fraction may follow,
 # and groups of three digits are one number.

@@ -1,4 +1,4 @@
-"""A process that compares mathematical answers with math-verify. `train.worker_pool` starts it as a script.
+"""A process that compares mathematical answers with math-verify. `train.rewards.workers` starts it as a script.
 
 It reads one JSON object a line, {"gold": ..., "answer": ...}, and writes one, {"equal": true, false or null}; null says
 that the gold answer cannot be read, or that the comparison failed. sympy works on texts that a model wrote, which may

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_jax.errors import InputError
-from train.sandbox.cgroup import Group, find_parent, remove_groups
+from train.sandbox.cgroup import Group, find_parent
 from train.sandbox.job import WORK, Job, Run
 from train.sandbox.local import (
     FIRST_UID,
@@ -47,16 +47,15 @@ class Bubblewrap(LocalRunner):
       workers: jobs at one time. Each has user ids of its own where this process is root.
       folders: folders of the machine with tool chains that lie outside /usr, such as /opt/go. Programs may read them,
         and their `bin` is on the search path.
-      first: number of the first of these workers, where other processes have those before it.
       seccomp: whether system calls are filtered.
 
     Raises:
       InputError: bwrap or another program is missing, or the machine's architecture has no filter.
     """
 
-    def __init__(self, workers: int = 8, folders: Sequence[str | Path] = (), first: int = 0, seccomp: bool = True):
+    def __init__(self, workers: int = 8, folders: Sequence[str | Path] = (), seccomp: bool = True):
         self._root = os.geteuid() == 0
-        super().__init__(workers, folders, first, ["setpriv"] if self._root else [])
+        super().__init__(workers, folders, ["setpriv"] if self._root else [])
         bwrap = shutil.which("bwrap")
         if bwrap is None:
             raise InputError(f"bubblewrap (bwrap) is needed to run untrusted programs and not installed. {_INSTALL}.")
@@ -156,23 +155,14 @@ class Bubblewrap(LocalRunner):
         exit_status = _field(status, "exit-code")
         return to_run(job, ended, exit_status, group is not None and group.out_of_memory())
 
-    def clean_after(self, supervisor: int) -> None:
-        if self._cgroup is not None:
-            remove_groups({self._cgroup.memory, self._cgroup.pids}, _groups_of(supervisor))
-
     def _group(self, job: Job, held: contextlib.ExitStack) -> Group | None:
         """A control group for a job, which `held` removes; None where there are none."""
         if self._cgroup is None:
             return None
-        name = f"{_groups_of(os.getpid())}{id(self):x}-{next(self._count)}"
+        name = f"qwen-jax-sandbox-{os.getpid()}-{id(self):x}-{next(self._count)}"
         group = Group(self._cgroup, name, job.limits.memory_bytes, job.limits.processes + 8)
         held.callback(group.close)
         return group
-
-
-def _groups_of(process: int) -> str:
-    """How the names of a process's groups begin."""
-    return f"qwen-jax-sandbox-{process}-"
 
 
 def _as_user(uid: int) -> list[str]:

@@ -32,7 +32,12 @@ def find_parent(process: Path = Path("/proc/self")) -> Parent | None:
     Args:
       process: the folder of /proc whose files `cgroup` and `mountinfo` name this process's groups and their mounts.
     """
-    paths, mounts = _groups_and_mounts(process)
+    try:
+        groups = [line.split(":", 2) for line in (process / "cgroup").read_text().splitlines()]
+        mounts = (process / "mountinfo").read_text().splitlines()
+    except OSError:
+        return None
+    paths = {controller: path for _, controllers, path in groups for controller in controllers.split(",")}
     # The unified hierarchy has no list of controllers in either file.
     for group, top in _folders(paths, "", mounts):
         for folder in (group, group.parent) if group != top else (group,):
@@ -44,26 +49,6 @@ def find_parent(process: Path = Path("/proc/self")) -> Parent | None:
         found.append(next(filter(_writable, folders), None))
     memory, pids = found
     return Parent(1, memory, pids) if memory and pids else None
-
-
-def all_parents(process: Path = Path("/proc/self")) -> set[Path]:
-    """The groups of a process in all hierarchies; in version 2 also that above. Runtimes make theirs below these."""
-    paths, mounts = _groups_and_mounts(process)
-    found = set()
-    for controller in paths:
-        for group, top in _folders(paths, controller, mounts):
-            found |= {group} if controller or group == top else {group, group.parent}
-    return found
-
-
-def _groups_and_mounts(process: Path) -> tuple[dict[str, str], list[str]]:
-    """The path of a process's group by controller, and the lines of its mountinfo; both empty without such files."""
-    try:
-        groups = [line.split(":", 2) for line in (process / "cgroup").read_text().splitlines()]
-        mounts = (process / "mountinfo").read_text().splitlines()
-    except OSError:
-        return {}, []
-    return {controller: path for _, controllers, path in groups for controller in controllers.split(",")}, mounts
 
 
 def _folders(paths: dict[str, str], controller: str, mounts: list[str]) -> Iterator[tuple[Path, Path]]:
@@ -142,26 +127,15 @@ class Group:
     def close(self) -> None:
         """Kills what is left and removes the group."""
         for folder in self._made:
-            _remove(folder)
-
-
-def remove_groups(parents: set[Path], prefix: str) -> None:
-    """Kills what is in the groups whose names begin with a prefix, and removes them: those of a killed process."""
-    for parent in parents:
-        for group in parent.glob(f"{prefix}*"):
-            _remove(group)
-
-
-def _remove(folder: Path) -> None:
-    for _ in range(100):
-        try:
-            folder.rmdir()
-            break
-        except FileNotFoundError:
-            break
-        except OSError:
-            _kill(folder)
-            time.sleep(0.01)
+            for _ in range(100):
+                try:
+                    folder.rmdir()
+                    break
+                except FileNotFoundError:
+                    break
+                except OSError:
+                    _kill(folder)
+                    time.sleep(0.01)
 
 
 def _set(file: Path, value: int) -> None:

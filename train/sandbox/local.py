@@ -41,10 +41,8 @@ ENVIRONMENT = {
 }
 # Process 1 of a sandbox: a shell that waits for the program, and for processes whose parent has ended. With bwrap's own
 # process 1, bwrap ends before it has waited, which leaves a zombie where the machine's process 1 waits for nobody (most
-# containers). The shell's own messages ("Killed") are not the program's. When it starts, its parents have asked to be
-# killed with theirs. A supervisor that was killed before reads its standard error no more: then it ends.
-PROCESS_1 = ("/bin/sh", "-c", 'echo >&2 || exit; exec 3>&2 2>/dev/null; "$@" 2>&3 3>&-; exit $?', "sh")
-_GREETING = b"\n"
+# containers). The shell's own messages ("Killed") are not the program's.
+PROCESS_1 = ("/bin/sh", "-c", 'exec 3>&2 2>/dev/null; "$@" 2>&3 3>&-; exit $?', "sh")
 # Standard input and output of a job.
 Streams = tuple[IO[bytes], IO[bytes]]
 
@@ -56,14 +54,13 @@ class LocalRunner(ABC):
       workers: jobs at one time. Each has user ids of its own where this process is root.
       folders: folders of the machine with tool chains that lie outside /usr, such as /opt/go. Programs may read them,
         and their `bin` is on the search path.
-      first: number of the first of these workers, where other processes have those before it.
       programs: that the runner needs besides `prlimit`, `sh` and `tar`.
 
     Raises:
       InputError: a number of workers that is not possible, a folder or a program that is missing.
     """
 
-    def __init__(self, workers: int, folders: Sequence[str | Path], first: int, programs: Sequence[str] = ()):
+    def __init__(self, workers: int, folders: Sequence[str | Path], programs: Sequence[str] = ()):
         if not 1 <= workers <= MAX_WORKERS:
             raise InputError(f"A sandbox has between 1 and {MAX_WORKERS} workers, not {workers}.")
         for program in ("prlimit", "sh", "tar", *programs):
@@ -76,7 +73,7 @@ class LocalRunner(ABC):
         self._path = [*(f"{folder}/bin" for folder in self._folders), *_SEARCH_PATH]
         # A conversation takes one slot and two users.
         self._slots: queue.SimpleQueue[int] = queue.SimpleQueue()
-        for slot in range(first, first + workers):
+        for slot in range(workers):
             self._slots.put(slot)
 
     def find(self, program: str) -> str | None:
@@ -120,15 +117,6 @@ class LocalRunner(ABC):
                 return self._attempt(job, user, streams, stop, held)
             except OSError as error:
                 return failed(error, began)
-
-    @abstractmethod
-    def clean_after(self, supervisor: int) -> None:
-        """Ends and removes what a process that was killed has left of its sandboxes: those that were just starting,
-        control groups, files.
-
-        Args:
-          supervisor: its id.
-        """
 
     @abstractmethod
     def _attempt(
@@ -195,7 +183,6 @@ class LocalRunner(ABC):
             stdin=job.stdin,
             seconds=job.limits.seconds,
             output_bytes=job.limits.output_bytes,
-            greeting=_GREETING,
             kill=lambda: _kill(process, first),
             watch=lambda: "memory" if group is not None and group.out_of_memory() else look(),
             stop=stop,

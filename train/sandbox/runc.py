@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from qwen_jax.errors import InputError
-from train.sandbox.cgroup import all_parents, remove_groups
 from train.sandbox.job import WORK, Job, Run
 from train.sandbox.local import (
     FIRST_UID,
@@ -53,15 +52,14 @@ class Runc(LocalRunner):
       workers: jobs at one time. Each has user ids of its own.
       folders: folders of the machine with tool chains that lie outside /usr, such as /opt/go. Programs may read them,
         and their `bin` is on the search path.
-      first: number of the first of these workers, where other processes have those before it.
 
     Raises:
       InputError: runc or another program is missing, this process is not root, other users cannot enter the folder
         of temporary files, or the machine's architecture has no filter of system calls.
     """
 
-    def __init__(self, workers: int = 8, folders: Sequence[str | Path] = (), first: int = 0):
-        super().__init__(workers, folders, first, ["setpriv", "unshare"])
+    def __init__(self, workers: int = 8, folders: Sequence[str | Path] = ()):
+        super().__init__(workers, folders, ["setpriv", "unshare"])
         runc = shutil.which("runc")
         if runc is None:
             raise InputError("runc is needed for containers and not installed (Debian, Ubuntu: apt-get install runc).")
@@ -139,7 +137,7 @@ class Runc(LocalRunner):
         stop: threading.Event | None,
         held: contextlib.ExitStack,
     ) -> Run:
-        bundle = Path(held.enter_context(tempfile.TemporaryDirectory(prefix=_bundles_of(os.getpid()))))
+        bundle = Path(held.enter_context(tempfile.TemporaryDirectory(prefix=f"qwen-jax-runc-{os.getpid()}-")))
         # runc mounts as the container's root, which owns nothing here.
         bundle.chmod(0o755)
         (bundle / "root").mkdir()
@@ -155,7 +153,7 @@ class Runc(LocalRunner):
             _make_mount_point(bundle / "root", mount)
         (bundle / "config.json").write_text(json.dumps(config))
         pid_file, log = bundle / "pid", bundle / "log"
-        of_runc = self._of_runc(bundle)
+        of_runc = [self._runc, f"--root={bundle}/state", f"--log={log}"]
         # What runc mounts for a moment outside of the container, its own program, is not seen or left on the machine.
         command = ["setpriv", "--pdeathsig", "KILL", "--", "unshare", "--mount", "--", *of_runc]
         command += ["run", f"--bundle={bundle}", f"--pid-file={pid_file}", bundle.name]
@@ -166,7 +164,13 @@ class Runc(LocalRunner):
                 return int(pid_file.read_text())
             return None
 
-        held.callback(self._delete, bundle)
+        def clean() -> None:
+            # A runc that was killed has left the container's control groups.
+            if (bundle / "state" / bundle.name).exists():
+                with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+                    subprocess.run([*of_runc, "delete", "--force", bundle.name], capture_output=True, timeout=GRACE)
+
+        held.callback(clean)
         environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
         ended = self._serve(command, job, first, streams, stop, environment=environment)
         began = first() is not None
@@ -178,28 +182,6 @@ class Runc(LocalRunner):
             out_of_memory=False,
             said=log.read_text(errors="replace") if log.exists() else "",
         )
-
-    def clean_after(self, supervisor: int) -> None:
-        for bundle in Path(tempfile.gettempdir()).glob(f"{_bundles_of(supervisor)}*"):
-            self._delete(bundle)
-            shutil.rmtree(bundle, ignore_errors=True)
-        # Those of containers that were being set up, which runc does not know yet.
-        remove_groups(all_parents(), _bundles_of(supervisor))
-
-    def _delete(self, bundle: Path) -> None:
-        """Removes what a runc that was killed has left: the container's control groups, and the container."""
-        if (bundle / "state" / bundle.name).exists():
-            command = [*self._of_runc(bundle), "delete", "--force", bundle.name]
-            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-                subprocess.run(command, capture_output=True, timeout=GRACE)
-
-    def _of_runc(self, bundle: Path) -> list[str]:
-        return [self._runc, f"--root={bundle}/state", f"--log={bundle}/log"]
-
-
-def _bundles_of(process: int) -> str:
-    """How the names of the folders of a process's containers begin."""
-    return f"qwen-jax-runc-{process}-"
 
 
 def _make_mount_point(root: Path, mount: Mapping[str, Any]) -> None:

@@ -7,15 +7,20 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, get_args
+from typing import Any, Literal, Self, get_args
 
 from qwen_jax.errors import InputError
 from train.sandbox.assertions import Assertions
+from train.sandbox.bubblewrap import Bubblewrap
 from train.sandbox.job import Job, Limits, Outcome, Run, Runner
 from train.sandbox.languages import LANGUAGES, Language, Toolchain
 from train.sandbox.probe import probe
-from train.sandbox.supervisors import MAX_THREADS, Isolation, Supervisors, make_runner
+from train.sandbox.runc import Runc
+from train.sandbox.unconfined import Unconfined
 from train.sandbox.verdict import difference
+
+Isolation = Literal["bubblewrap", "runc", "none"]
+"""What runs programs on this machine."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +57,13 @@ class _Program:
     archive: bytes | None
 
 
+def make_runner(isolation: Isolation, workers: int, folders: Sequence[str | Path] = ()) -> Runner:
+    """What runs jobs on this machine; see `Sandbox` for the arguments and errors."""
+    if isolation == "none":
+        return Unconfined()
+    return Runc(workers, folders) if isolation == "runc" else Bubblewrap(workers, folders)
+
+
 class _MachineError(Exception):
     """The machine failed before there was a program to run."""
 
@@ -65,7 +77,7 @@ class Sandbox:
 
     Args:
       limits: of each program.
-      workers: programs at one time. Up to eight are supervised by threads of this process, more by a process each.
+      workers: programs at one time.
       isolation: "bubblewrap"; "runc", containers, for root alone; or "none" to run programs with the rights of this
         process. `description` records it.
       folders: folders of the machine with tool chains outside /usr, such as /opt/go, which programs may read.
@@ -93,10 +105,8 @@ class Sandbox:
         self._languages = languages
         if runner is not None:
             self._runner = runner
-        elif workers <= MAX_THREADS:
-            self._runner = make_runner(isolation, workers, folders)
         else:
-            self._runner = Supervisors(isolation, workers, folders)
+            self._runner = make_runner(isolation, workers, folders)
         self._assertions = Assertions(self._runner)
         self._isolated = runner is not None or isolation != "none"
         if self._isolated:
@@ -128,8 +138,6 @@ class Sandbox:
     def close(self) -> None:
         """Waits for the programs that run, and takes no more."""
         self._pool.shutdown()
-        if isinstance(self._runner, Supervisors):
-            self._runner.close()
 
     # --- languages
 

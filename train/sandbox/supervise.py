@@ -46,7 +46,6 @@ def supervise(
     output_bytes: int,
     kill: Callable[[], None],
     watch: Callable[[], str | None],
-    greeting: bytes = b"",
     stop: threading.Event | None = None,
     patience: float = GRACE,
 ) -> Ended:
@@ -59,13 +58,11 @@ def supervise(
       output_bytes: bytes of each of stdout and stderr beyond which it is killed.
       kill: ends the process and all that it has started.
       watch: called at each tick; returns the name of a limit that is exceeded, or None.
-      greeting: what stderr may begin with, which does not count.
       stop: is set by another thread to have the process killed.
       patience: seconds to wait, after its end, for those that hold its pipes.
     """
     began = looked = time.monotonic()
     read: dict[IO[bytes], bytearray] = {pipe: bytearray() for pipe in (process.stdout, process.stderr) if pipe}
-    most = {pipe: output_bytes + (len(greeting) if pipe is process.stderr else 0) for pipe in read}
     feed = memoryview(stdin)
     killed_by: str | None = None
     # When reading must end whatever happens; set once the process has ended or has been killed.
@@ -87,7 +84,7 @@ def supervise(
                     if key.fileobj is process.stdin:
                         feed = _write(process.stdin, feed, selector)
                     elif key.fileobj in read:
-                        over |= _read(key.fileobj, read[key.fileobj], most[key.fileobj], selector)
+                        over |= _read(key.fileobj, read[key.fileobj], output_bytes, selector)
                     else:
                         selector.unregister(key.fileobj)
                 # Has it ended? Then only the rest of the output is read.
@@ -127,8 +124,7 @@ def supervise(
             break
         except subprocess.TimeoutExpired:
             last_resort()
-    stdout, stderr = (bytes(read[pipe]) if pipe else b"" for pipe in (process.stdout, process.stderr))
-    stdout, stderr = stdout[:output_bytes], stderr.removeprefix(greeting)[:output_bytes]
+    stdout, stderr = (bytes(read[pipe][:output_bytes]) if pipe else b"" for pipe in (process.stdout, process.stderr))
     return Ended(status, stdout, stderr, time.monotonic() - began, killed_by, pipes)
 
 

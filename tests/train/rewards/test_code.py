@@ -148,16 +148,6 @@ def test_the_sandbox_that_is_made() -> None:
     assert box.closed
 
 
-@pytest.mark.parametrize(("processors", "workers"), [(1, 8), (16, 16), (500, 128)])
-def test_by_default_there_is_a_worker_for_each_processor(
-    processors: int, workers: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(code.os, "sched_getaffinity", lambda process: set(range(processors)))
-    reward: Any = load_reward("code")
-    assert (reward._sandbox.workers, reward._threads._max_workers) == (workers, workers)
-    reward.close()
-
-
 def test_bad_input() -> None:
     with pytest.raises(InputError, match="no limit megabytes"):
         load_reward("code", megabytes=3)

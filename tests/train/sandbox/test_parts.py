@@ -20,12 +20,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen_jax.errors import InputError
-from tests.helpers.runs import print_seed
 from train.sandbox import LANGUAGES, Job, Language, Limits, Outcome, Run, Sandbox, Test, Toolchain
 from train.sandbox import probe as probes
 from train.sandbox.bubblewrap import Bubblewrap
-from train.sandbox.cgroup import Group, Parent, all_parents, find_parent, remove_groups
-from train.sandbox.local import PROCESS_1, limited, to_run
+from train.sandbox.cgroup import Group, Parent, find_parent
+from train.sandbox.local import limited, to_run
 from train.sandbox.sandbox import static_problem
 from train.sandbox.seccomp import _CLONE, _DENIED, _MACHINES, _SOCKET, filter_bytes, filter_of_oci
 from train.sandbox.supervise import Ended, supervise
@@ -435,34 +434,6 @@ def test_supervised_pipes() -> None:
     assert serve("pass", data).status == 0
 
 
-def test_a_greeting_is_not_the_program_s() -> None:
-    """It is dropped where standard error begins with it, and is not counted."""
-    for data in (b"", b"\n", os.urandom(1000), b"x\n" + os.urandom(1000)):
-        said = f"import sys; sys.stderr.buffer.write(b'\\n' + bytes.fromhex('{data.hex()}'))"
-        ended = serve(said, output_bytes=max(1, len(data)), greeting=b"\n")
-        assert (ended.stderr, ended.killed_by) == (data, None)
-    over = serve(said, output_bytes=len(data) - 1, greeting=b"\n")
-    assert (over.stderr, over.killed_by) == (data[:-1], "output")
-    silent = serve("import sys; sys.stderr.write('x')", greeting=b"\n")
-    assert silent.stderr == b"x"
-
-
-def test_process_1_starts_nothing_without_a_supervisor(tmp_path: Path) -> None:
-    """One that was killed while the sandbox was being set up reads no more."""
-    command = [*PROCESS_1, "touch", str(tmp_path / "started")]
-    for alive in (False, True):
-        late = ["sh", "-c", 'read x; exec "$@"', "sh", *command]
-        process = subprocess.Popen(late, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
-        assert process.stdin is not None
-        assert process.stderr is not None
-        if not alive:
-            process.stderr.close()
-        process.stdin.write(b"\n")
-        process.stdin.close()
-        process.wait(20)
-        assert (tmp_path / "started").exists() is alive
-
-
 def test_supervised_ends() -> None:
     ended = serve("import time; time.sleep(60)", seconds=0.1)
     assert (ended.killed_by, ended.status) == ("time", -9)
@@ -522,7 +493,6 @@ def test_groups_of_version_2_are_found(tmp_path: Path) -> None:
     assert find_parent(tmp_path) == (2, mine.parent, mine.parent)
     _hierarchy(mount, "jobs/mine", cgroup__subtree_control="memory pids\n")
     assert find_parent(tmp_path) == (2, mine, mine)
-    assert all_parents(tmp_path) == {mine, mine.parent}
     (tmp_path / "cgroup").write_text("0::/\n")
     _hierarchy(tmp_path, ".", cgroup__subtree_control="memory pids\n")
     assert find_parent(tmp_path) is None
@@ -552,9 +522,6 @@ def test_groups_of_version_1_are_found(tmp_path: Path, monkeypatch: pytest.Monke
         (tmp_path / "mountinfo").write_text("\n".join(mounts[:count]))
         expected = (1, mount / "memory/mine", mount / "pids/a:b") if count == len(mounts) else None
         assert find_parent(tmp_path) == expected, count
-    folders = ("unified", "named/no", "pids/a:b", "memory/mine")
-    assert all_parents(tmp_path) == {mount / folder for folder in folders}
-    assert all_parents(tmp_path / "absent") == set()
     # Version 2 comes first.
     _hierarchy(mount, "unified", cgroup__subtree_control="memory pids")
     assert find_parent(tmp_path) == (2, mount / "unified", mount / "unified")
@@ -606,20 +573,6 @@ def test_a_group_is_limited_and_joined(
     group.close()
     assert not memory.exists()
     assert not pids.exists()
-
-
-def test_only_groups_with_the_prefix_are_removed(tmp_path: Path) -> None:
-    """Those of one supervisor, in all hierarchies: the id of another may begin with the same digits."""
-    generator = print_seed()
-    pid = int(generator.integers(1, 4_000_000))
-    names = [f"run-{pid}-{i}" for i in range(3)], [f"run-{pid}1-0", f"x-run-{pid}-0", "run"]
-    parents = [tmp_path / name for name in "ab"]
-    for parent in parents:
-        for name in names[0] + names[1]:
-            (parent / name).mkdir(parents=True)
-    remove_groups({*parents, tmp_path / "absent"}, f"run-{pid}-")
-    for parent in parents:
-        assert sorted(path.name for path in parent.iterdir()) == sorted(names[1])
 
 
 # --- the judgement of the probe

@@ -26,7 +26,7 @@ from train.sandbox.bubblewrap import Bubblewrap
 from train.sandbox.cgroup import Group, find_parent
 from train.sandbox.local import FIRST_UID
 from train.sandbox.probe import probe
-from train.sandbox.supervisors import Isolation
+from train.sandbox.sandbox import Isolation
 from train.sandbox.unconfined import Unconfined
 
 pytestmark = needs_bwrap

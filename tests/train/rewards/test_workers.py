@@ -1,22 +1,18 @@
 """Processes that hang, die, lie or do not start cost an answer and nothing else."""
 
-import contextlib
 import os
-import signal
-import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from qwen_jax.errors import InputError
-from tests.helpers.runs import print_seed
-from train.worker_pool import WorkerPool
+from train.rewards.workers import WorkerPool
 
 SCRIPT = """
 import json, os, sys, time
 print("ready", flush=True)
-for line in sys.stdin.buffer:
+for line in sys.stdin:
     task = json.loads(line)
     if task["do"] == "hang":
         if not os.fork():
@@ -28,13 +24,6 @@ for line in sys.stdin.buffer:
         print("}{", flush=True)
     if task["do"] == "flood":
         os.write(1, b"x" * 10_000_000)
-    if task["do"] == "read":
-        print(json.dumps(sys.stdin.buffer.read(task["size"]).hex()), flush=True)
-        continue
-    if task["do"] == "number":
-        time.sleep(0.2)
-        print(json.dumps([os.getpid(), sys.argv[1:]]), flush=True)
-        continue
     print(json.dumps([os.getpid(), sorted(os.environ), task["do"]]), flush=True)
 """
 
@@ -116,59 +105,3 @@ def test_a_process_that_does_not_start_says_why(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"does not start: .*ImportError: no such package"):
         pool.ask([{}])
     assert pool.processes() == []
-
-
-def test_processes_have_numbers_of_their_own(script: Path) -> None:
-    """Also those that replace others; whoever wants to clean up after one learns its id, once it has ended."""
-    ended_ids: list[int] = []
-    pool = WorkerPool(script, ("a", "b"), workers=3, seconds=20, recycle=2, ended=ended_ids.append)
-    for _ in range(3):
-        answers = pool.ask([{"do": "number"}] * 3)
-        assert sorted(answer[1] for answer in answers) == [["a", "b", str(i)] for i in range(3)]
-    alive = pool.processes()
-    pids = {answer[0] for answer in answers}
-    assert pids == set(alive)
-    assert not pids & set(ended_ids)
-    assert len(ended_ids) == 3
-    pool.close()
-    assert set(alive) <= set(ended_ids)
-
-
-def test_contents_follow_a_question(script: Path) -> None:
-    """Any bytes, more than a pipe holds too, and the next question is understood. A long answer may be asked for."""
-    generator = print_seed()
-    pool = WorkerPool(script, (), workers=1, seconds=20, answer_bytes=1 << 21)
-    for size in (0, 1, int(generator.integers(1 << 17, 1 << 19))):
-        parts = [generator.bytes(size), b"\n", generator.bytes(size)]
-        data = b"".join(parts)
-        assert pool.ask_one({"do": "read", "size": len(data)}, contents=parts) == data.hex()
-    (first,) = pool.processes()
-    assert pool.ask_one({"do": "read", "size": 1 << 21}, contents=[bytes(1 << 21)]) is None
-    assert ended(first)
-    pool.close()
-
-
-def test_a_process_that_reads_nothing_is_killed_in_time(script: Path) -> None:
-    """A question that no pipe holds does not wait for ever."""
-    pool = WorkerPool(script, (), workers=1, seconds=1)
-    pid = pool.ask([{"do": "a"}])[0][0]
-    os.kill(pid, signal.SIGSTOP)
-    began = time.monotonic()
-    assert pool.ask_one({"do": "read", "size": 1 << 21}, 2, [bytes(1 << 21)]) is None
-    assert 2 <= time.monotonic() - began < 30
-    assert ended(pid)
-    assert pool.ask([{"do": "a"}])[0][2] == "a"
-    pool.close()
-
-
-def test_an_interrupted_wait_costs_the_process(script: Path) -> None:
-    """The answer that comes late would be taken for that to the next question."""
-    pool = WorkerPool(script, (), workers=1, seconds=60)
-    pid = pool.ask([{"do": "a"}])[0][0]
-    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
-    with contextlib.suppress(KeyboardInterrupt):
-        pool.ask_one({"do": "hang"})
-        pytest.fail("the wait was not interrupted")
-    assert ended(pid)
-    assert pool.ask([{"do": "a"}])[0][2] == "a"
-    pool.close()
