@@ -326,8 +326,8 @@ class Peer:
         try:
             self._write.write(data)
             self._write.flush()
-        except OSError as error:
-            raise Broken(f"has ended: {error}") from None
+        except OSError:
+            raise Broken("has ended") from None
 
     def _receive(self) -> list[Any]:
         line = self._read.readline(MAX_LINE + 1)
