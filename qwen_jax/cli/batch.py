@@ -149,7 +149,7 @@ def report(summary: Summary, target: Path) -> int:
     """Prints a summary of `answer_file`. Returns the exit status: 1 if a request failed."""
     print(f"{summary} Results: {target}")
     if summary.failed:
-        complain(f"{summary.first_problem} The same command tries the failed requests again.")
+        complain(f"{summary.first_problem.removesuffix('.')}. The same command tries the failed requests again.")
     return int(bool(summary.failed))
 
 

@@ -18,9 +18,9 @@ class LocalData:
     """Where data sets are found: below a folder, under their name on the Hub.
 
     A data set `cais/mmlu` lies in `ROOT/cais/mmlu`, in the form in which the Hub has it, such as
-    `huggingface-cli download --repo-type dataset cais/mmlu --local-dir ROOT/cais/mmlu` leaves it: with its README.md,
-    which names the files of each configuration, or with a folder for each configuration, or with files named after
-    their splits (`test.jsonl`).
+    `hf download --repo-type dataset cais/mmlu --local-dir ROOT/cais/mmlu` leaves it: with its README.md, which names the
+    files of each configuration, or with a folder for each configuration, or with files named after their splits
+    (`test.jsonl`).
 
     Attributes:
       files: sha256 of each file of the data sets that were read, by path below the root.
@@ -72,7 +72,7 @@ class LocalData:
                 return original(path, name, *args, **kwargs)
             where = "Give --data-root" if self.root is None else f"Expected the folder {self.root / path}"
             raise InputError(
-                f"The data set {path} is not here. {where}, made by `huggingface-cli download --repo-type dataset "
+                f"The data set {path} is not here. {where}, made by `hf download --repo-type dataset "
                 f"{path} --local-dir DATA_ROOT/{path}`, or let it be fetched (--hub)."
             )
         # Without a README.md nothing names the files of a configuration but its folder.
