@@ -18,8 +18,8 @@ class LocalData:
     """Where data sets are found: below a folder, under their name on the Hub.
 
     A data set `cais/mmlu` lies in `ROOT/cais/mmlu`, in the form in which the Hub has it, such as
-    `hf download --repo-type dataset cais/mmlu --local-dir ROOT/cais/mmlu` leaves it: with its README.md, which names the
-    files of each configuration, or with a folder for each configuration, or with files named after their splits
+    `hf download --repo-type dataset cais/mmlu --local-dir ROOT/cais/mmlu` leaves it: with its README.md, which names
+    the files of each configuration, or with a folder for each configuration, or with files named after their splits
     (`test.jsonl`).
 
     Attributes:
